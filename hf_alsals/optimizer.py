@@ -1,0 +1,385 @@
+"""Adam whose step size a line search picks (ALSALS, arXiv 2403.18519)."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .line_search import ArmijoLineSearch
+
+# Each method of the papers as keyword arguments of ALSALS. `adam_sls` grows by 2 every 500 steps and has c = 0.2, as in
+# the authors' package salsa-optimizer 0.1.0.
+PRESETS: dict[str, dict[str, Any]] = {
+    "alsals": {},
+    "alsals_paper": {"growth_factor": 1 / 0.999},
+    "salsa": {
+        "c": 0.5,
+        "growth_factor": 1.1,
+        "decrease_factor": 0.8,
+        "slope": "preconditioned",
+        "search_interval": "adaptive",
+    },
+    "adam_sls": {
+        "betas": (0.0, 0.999),
+        "c": 0.2,
+        "beta3": 0.0,
+        "growth_factor": 2 ** (1 / 500),
+        "slope": "preconditioned",
+    },
+}
+
+SLOPES = ("exact", "preconditioned", "finite_difference")
+
+
+class ALSALS(torch.optim.Optimizer):
+    """Adam whose step size is found by a line search on the smoothed Armijo condition (ALSALS, arXiv 2403.18519).
+
+    `step` needs a closure that returns the loss of the batch that the gradients came from. See `PRESETS` for the
+    settings of the related methods: `ALSALS(params, **PRESETS["salsa"])`.
+
+    Args:
+        params (iterable): Parameters, or dicts of parameter groups, to optimize.
+        lr (`float`, defaults to 1.0): Multiplier on the searched step size, for learning rate schedules.
+        betas (`tuple[float, float]`, defaults to (0.9, 0.999)): Decay of Adam's two moments, each in [0, 1).
+        eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction.
+        weight_decay (`float`, defaults to 0.0): Decoupled weight decay per unit of step taken, as in AdamW. It is
+            applied after the search and is not part of the searched line.
+        c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval: See [`ArmijoLineSearch`].
+        slope (`str`, defaults to `"exact"`): How the slope is measured. `"exact"` is the inner product of gradient and
+            direction; `"preconditioned"` leaves momentum out of that direction; `"finite_difference"` probes the loss
+            at the step size `sqrt(machine epsilon)`.
+
+    Attributes:
+        step_size (`float`): The last accepted step size.
+        slope, decrease (`float`): Slope and loss decrease that the last search measured, in units of the loss.
+        probes (`int`), searched (`bool`): Probes of the last step, and whether it searched.
+        loss (`float`): The loss that the last step started from.
+        skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
+
+    Raises:
+        TypeError: If an argument or a parameter has the wrong type; complex parameters are not supported.
+        ValueError: If an argument is out of its range.
+    """
+
+    max_consecutive_skips = 10
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        c: float = 0.3,
+        beta3: float = 0.99,
+        growth_factor: float = 1.01,
+        decrease_factor: float = 0.9,
+        initial_step_size: float = 0.1,
+        slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
+        search_interval: int | Literal["adaptive"] = 1,
+    ) -> None:
+        if slope not in SLOPES:
+            raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
+        self.slope_method = slope
+        self.line_search = ArmijoLineSearch(
+            c=c,
+            beta3=beta3,
+            growth_factor=growth_factor,
+            decrease_factor=decrease_factor,
+            initial_step_size=initial_step_size,
+            search_interval=search_interval,
+        )
+        self.loss = math.nan
+        self.skipped_steps = 0
+        self.consecutive_skips = 0
+        self._handed_over: tuple[Any, Any, Any] = (None, None, 1.0)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Args:
+            param_group (`dict`): Parameters under `"params"`, with `lr`, `betas`, `eps` and `weight_decay` of their own
+                where they differ from the defaults.
+
+        Raises:
+            TypeError: If a parameter is complex.
+            ValueError: If a hyperparameter is out of its range, or the group sets one of the line search.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]!r}.")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}.")
+        searched = {"c", "beta3", "growth_factor", "decrease_factor", "initial_step_size", "slope", "search_interval"}
+        if named := sorted(searched & set(group)):
+            raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
+        for param in group["params"]:
+            if param.is_complex():
+                raise TypeError(
+                    f"ALSALS takes real parameters, got one of {param.dtype} with shape {list(param.shape)}."
+                )
+
+    @property
+    def step_size(self) -> float:
+        return self.line_search.step_size
+
+    @property
+    def slope(self) -> float:
+        return self.line_search.slope
+
+    @property
+    def decrease(self) -> float:
+        return self.line_search.decrease
+
+    @property
+    def probes(self) -> int:
+        return self.line_search.probes
+
+    @property
+    def searched(self) -> bool:
+        return self.line_search.searched
+
+    def set_closure(
+        self,
+        closure: Callable[[], Tensor | float],
+        loss: Tensor | float | None = None,
+        clip_coef: Tensor | float = 1.0,
+    ) -> None:
+        """Hand over what the next `step()` needs, where `step` is called by others without arguments.
+
+        Args:
+            closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar,
+                without a backward pass.
+            loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
+                if left out.
+            clip_coef (`Tensor` or `float`, defaults to 1.0): What gradient clipping multiplied the gradients by,
+                `min(1, max_norm / (total_norm + 1e-6))`. The slope is divided by it: it has to be that of the loss.
+        """
+        self._handed_over = (closure, loss, clip_coef)
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], Tensor | float] | None = None, loss: Tensor | float | None = None
+    ) -> Tensor | float:
+        """Take one step along Adam's direction, with the step size of the line search.
+
+        The gradients are in `.grad` already. If the closure raises, the parameters are where they were.
+
+        Args:
+            closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar. It is
+                called under `no_grad`, without a backward pass. Optional after `set_closure`.
+            loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
+                if left out.
+
+        Returns:
+            `Tensor` or `float`: The loss before the step.
+
+        Raises:
+            RuntimeError: If there is no closure, a gradient is sparse, or the loss or a gradient was not finite in ten
+                steps in a row.
+            TypeError: If the closure cannot be called, or the loss is not a number.
+            ValueError: If the loss is not a scalar.
+        """
+        earlier_closure, earlier_loss, clip_coef = self._handed_over
+        self._handed_over = (None, None, 1.0)  # never a second step on the same batch
+        if closure is None:
+            closure, loss = earlier_closure, earlier_loss if loss is None else loss
+        if closure is None:
+            raise RuntimeError(
+                "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
+            )
+        if not callable(closure):
+            raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
+
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        params = [p for _, group_params in groups for p in group_params]
+        if any(p.grad.is_sparse for p in params):
+            raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
+
+        if loss is None:
+            loss = closure()
+        self.loss = _to_float(loss)
+        if not math.isfinite(self.loss) or not _all_finite([p.grad for p in params]):
+            self._skip()
+            return loss
+        self.consecutive_skips = 0
+
+        directions, slope = [], 0.0
+        for group, group_params in groups:
+            group_directions, group_slope = self._direction(group_params, group["betas"], group["eps"])
+            directions += group_directions
+            slope += group_slope
+
+        if self.line_search.is_due():
+            step_size = self._search(closure, params, directions, slope / clip_coef)
+        else:
+            step_size = self.line_search.skip()
+
+        for group, group_params in groups:
+            group_directions, directions = directions[: len(group_params)], directions[len(group_params) :]
+            if not group_params:
+                continue
+            step = group["lr"] * step_size
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(group_params, 1 - step * group["weight_decay"])
+            torch._foreach_add_(group_params, group_directions, alpha=-step)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments, the hyperparameters and every number of the search, which each parameter group carries."""
+        for group in self.param_groups:
+            group.update(self.line_search.state_dict())
+            group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit for bit from what `state_dict` returned.
+
+        Args:
+            state_dict (`dict`): Another ALSALS optimizer's state, for the same parameters.
+
+        Raises:
+            KeyError: If it has no search state: it is that of another optimizer.
+            ValueError: If its parameter groups do not match.
+        """
+        super().load_state_dict(state_dict)
+        group = self.param_groups[0]
+        self.line_search.load_state_dict(group)
+        self.skipped_steps, self.consecutive_skips = group["skipped_steps"], group["consecutive_skips"]
+        # torch has cast the moments of bfloat16 and float16 parameters, which are float32, to the parameter's dtype.
+        indices = [index for saved in state_dict["param_groups"] for index in saved["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and value.dtype != p.dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("line_search", "slope_method", "loss", "skipped_steps", "consecutive_skips")
+        return (
+            super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
+        )
+
+    def _direction(
+        self, params: list[Tensor], betas: tuple[float, float], eps: float
+    ) -> tuple[list[Tensor], Tensor | float]:
+        if not params:
+            return [], 0.0
+        for p in params:
+            state = self.state[p]
+            if not state:
+                # Moments of bfloat16 and float16 parameters would stall or underflow in their own dtype.
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state["step"] += 1
+        states = [self.state[p] for p in params]
+        grads = [p.grad.to(state["exp_avg"].dtype) for p, state in zip(params, states)]
+        directions, denominators = adam_direction(
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"].item() for state in states],
+            *betas,
+            eps,
+        )
+        if self.slope_method == "preconditioned":
+            return directions, inner_product(grads, torch._foreach_div(grads, denominators))
+        return directions, inner_product(grads, directions)
+
+    def _search(
+        self, closure: Callable[[], Tensor | float], params: list[Tensor], directions: list[Tensor], slope: Tensor
+    ) -> float:
+        start = [p.clone() for p in params]
+
+        def probe(step_size: float) -> float:
+            torch._foreach_copy_(params, start)
+            torch._foreach_add_(params, directions, alpha=-step_size)
+            return _to_float(closure())
+
+        try:
+            if self.slope_method == "finite_difference":
+                step_size = max((torch.finfo(p.dtype).eps for p in params), default=1.0) ** 0.5
+                slope = (self.loss - probe(step_size)) / step_size
+            return self.line_search.search(self.loss, float(slope), probe)
+        finally:
+            torch._foreach_copy_(params, start)
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self.consecutive_skips += 1
+        if self.consecutive_skips >= self.max_consecutive_skips:
+            raise RuntimeError(
+                f"The loss or a gradient was not finite in {self.consecutive_skips} steps in a row (loss {self.loss}): "
+                "the model or its data produce NaN or infinity."
+            )
+
+
+def adam_direction(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Update Adam's moments in place and return its direction (Kingma and Ba, arXiv 1412.6980, Algorithm 1).
+
+    Args:
+        grads, exp_avgs, exp_avg_sqs (`list[Tensor]`): Gradients and moments, of one shape for each parameter.
+        steps (`list[float]`): Number of updates of each parameter, this one included.
+        beta1, beta2, eps (`float`): As in Adam.
+
+    Returns:
+        `tuple[list[Tensor], list[Tensor]]`: The directions `m / (sqrt(v) + eps)` with bias-corrected moments, to be
+        subtracted from the parameters, and their denominators.
+    """
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, eps)
+    directions = torch._foreach_div(exp_avgs, [1 - beta1**step for step in steps])
+    torch._foreach_div_(directions, denominators)
+    return directions, denominators
+
+
+def inner_product(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Return the inner product of two lists of tensors of the same shapes.
+
+    Args:
+        left, right (`list[Tensor]`): Of any shapes and devices, the same in both lists.
+
+    Returns:
+        `Tensor`: A scalar on the device of the first tensor.
+    """
+    products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(left, right, strict=True)]
+    return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not tensors:
+        return True
+    largest = torch._foreach_norm(tensors, math.inf)
+    return torch.stack([value.to(largest[0]) for value in largest]).isfinite().all().item()
+
+
+def _to_float(loss: Tensor | float) -> float:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
+        return loss.item()
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")
+    return float(loss)

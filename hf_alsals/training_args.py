@@ -1,0 +1,129 @@
+"""Training arguments that take `--optim alsals`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from .optimizer import ALSALS, PRESETS
+
+_OPTIM_ARGS = {
+    "c": float,
+    "beta3": float,
+    "growth_factor": float,
+    "decrease_factor": float,
+    "initial_step_size": float,
+    "slope": str,
+    "search_interval": lambda text: text if text == "adaptive" else int(text),
+}
+
+
+@dataclass
+class AlsalsArgumentsMixin:
+    """Makes any [`~transformers.TrainingArguments`] class take the optimizers of this package.
+
+    Put it first: `class MyArguments(AlsalsArgumentsMixin, SFTConfig)`, with `@dataclass` above.
+
+    Args:
+        optim (`str`, defaults to the Trainer's own default): One of the Trainer's optimizers, or `"alsals"`,
+            `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
+        optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: `c`, `beta3`,
+            `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval`. See [`ALSALS`].
+        learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
+            out. For all others the Trainer's own default.
+        lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"cosine"` for `alsals` and
+            `"constant"` for the published methods if left out. For all others the Trainer's own default.
+        adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.
+
+    Raises:
+        ValueError: If `optim` is unknown, or `optim_args` has an unknown key or a value out of range.
+    """
+
+    optim: str = field(
+        default=TrainingArguments.optim,
+        metadata={
+            "help": f"The optimizer to use: {', '.join(PRESETS)}, or one of the Trainer's own.",
+            "choices": [*PRESETS, *(name.value for name in OptimizerNames)],
+        },
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The initial learning rate. For alsals and its relatives it multiplies the searched step size and "
+            "defaults to 1.0; for all others it is the Trainer's own default."
+        },
+    )
+    lr_scheduler_type: SchedulerType | None = field(
+        default=None,
+        metadata={
+            "help": "The scheduler type to use. Defaults to cosine for alsals, to constant for alsals_paper, salsa and "
+            "adam_sls, to the Trainer's own default for all others."
+        },
+    )
+    adam_beta1: float | None = field(
+        default=None, metadata={"help": "Beta1 of the Adam optimizers. Defaults to 0.0 for adam_sls, else to 0.9."}
+    )
+
+    def __post_init__(self) -> None:
+        optim = self.optim
+        ours = optim in PRESETS
+        defaults = {
+            "learning_rate": 1.0,
+            "lr_scheduler_type": "cosine" if optim == "alsals" else "constant",
+            "adam_beta1": PRESETS[optim].get("betas", (super().adam_beta1,))[0] if ours else None,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value if ours else getattr(super(), name))
+        if not ours:
+            if optim not in list(OptimizerNames):
+                raise ValueError(f"optim must be one of {', '.join(PRESETS)} or an OptimizerNames, got {optim!r}.")
+            super().__post_init__()
+            return
+        self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.23)
+        super().__post_init__()
+        self.optim = optim
+        ALSALS([torch.empty(0)], **self.alsals_kwargs())  # a bad value must show before the model is loaded
+
+    def alsals_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of [`ALSALS`] that these training arguments stand for.
+
+        Raises:
+            ValueError: If `optim_args` cannot be read.
+        """
+        options = {}
+        for item in (self.optim_args or "").replace(" ", "").split(","):
+            if not item:
+                continue
+            key, separator, text = item.partition("=")
+            if not separator:
+                raise ValueError(f'optim_args must look like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
+            if key not in _OPTIM_ARGS:
+                raise ValueError(
+                    f"optim_args has the unknown key {key!r}: {self.optim} takes {', '.join(_OPTIM_ARGS)}."
+                )
+            try:
+                options[key] = _OPTIM_ARGS[key](text)
+            except ValueError:
+                expected = 'an int or "adaptive"' if key == "search_interval" else "a number"
+                raise ValueError(f"optim_args: {key} must be {expected}, got {text!r}.") from None
+        return {
+            **PRESETS[self.optim],
+            **options,
+            "lr": self.learning_rate,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+        }
+
+
+@dataclass
+class AlsalsTrainingArguments(AlsalsArgumentsMixin, TrainingArguments):
+    """[`~transformers.TrainingArguments`] that take `optim="alsals"`; see [`AlsalsArgumentsMixin`]."""
+
+
+@dataclass
+class AlsalsSeq2SeqTrainingArguments(AlsalsArgumentsMixin, Seq2SeqTrainingArguments):
+    """[`~transformers.Seq2SeqTrainingArguments`] that take `optim="alsals"`; see [`AlsalsArgumentsMixin`]."""
