@@ -30,7 +30,7 @@ class ArmijoLineSearch:
         growth_factor (`float`, defaults to 1.01): Growth of the step size from one search to the next, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
-        search_interval (`int` or `"adaptive"`, defaults to 1): Optimizer steps from one search to the next; `"adaptive"`
+        search_interval (`int` or `"adaptive"`, defaults to 1): Steps from one search to the next. `"adaptive"`
             searches the more often the more the step size moves, at least every 10 steps (SaLSA, arXiv 2407.20650).
 
     Attributes:

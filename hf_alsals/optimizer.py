@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from .line_search import ArmijoLineSearch
 
-# Each method of the papers as keyword arguments of ALSALS. `adam_sls` grows by 2 every 500 steps and has c = 0.2, as in
-# the authors' package salsa-optimizer 0.1.0.
+# Each method of the papers as keyword arguments of ALSALS. adam_sls has the c and the growth (2 in 500 steps) of the
+# authors' package salsa-optimizer 0.1.0.
 PRESETS: dict[str, dict[str, Any]] = {
     "alsals": {},
     "alsals_paper": {"growth_factor": 1 / 0.999},
@@ -103,8 +103,8 @@ class ALSALS(torch.optim.Optimizer):
         """Add a parameter group.
 
         Args:
-            param_group (`dict`): Parameters under `"params"`, with `lr`, `betas`, `eps` and `weight_decay` of their own
-                where they differ from the defaults.
+            param_group (`dict`): Parameters under `"params"`, and `lr`, `betas`, `eps` and `weight_decay` where they
+                differ from the defaults.
 
         Raises:
             TypeError: If a parameter is complex.
@@ -128,22 +128,27 @@ class ALSALS(torch.optim.Optimizer):
 
     @property
     def step_size(self) -> float:
+        """The last accepted step size; before the first search the one it starts from."""
         return self.line_search.step_size
 
     @property
     def slope(self) -> float:
+        """The slope that the last search measured."""
         return self.line_search.slope
 
     @property
     def decrease(self) -> float:
+        """The loss decrease at the step size that the last search accepted."""
         return self.line_search.decrease
 
     @property
     def probes(self) -> int:
+        """The number of probes of the last step."""
         return self.line_search.probes
 
     @property
     def searched(self) -> bool:
+        """Whether the last step searched."""
         return self.line_search.searched
 
     def set_closure(
@@ -173,8 +178,8 @@ class ALSALS(torch.optim.Optimizer):
         The gradients are in `.grad` already. If the closure raises, the parameters are where they were.
 
         Args:
-            closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar. It is
-                called under `no_grad`, without a backward pass. Optional after `set_closure`.
+            closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
+                It is called under `no_grad`, without a backward pass. Optional after `set_closure`.
             loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
                 if left out.
 
@@ -210,15 +215,20 @@ class ALSALS(torch.optim.Optimizer):
             self._skip()
             return loss
         self.consecutive_skips = 0
+        if not params:
+            return loss
 
-        directions, slope = [], 0.0
+        directions, denominators = [], []
         for group, group_params in groups:
-            group_directions, group_slope = self._direction(group_params, group["betas"], group["eps"])
-            directions += group_directions
-            slope += group_slope
+            if group_params:
+                group_directions, group_denominators = self._direction(group_params, group["betas"], group["eps"])
+                directions += group_directions
+                denominators += group_denominators
 
         if self.line_search.is_due():
-            step_size = self._search(closure, params, directions, slope / clip_coef)
+            grads = [p.grad.to(direction.dtype) for p, direction in zip(params, directions)]
+            along = torch._foreach_div(grads, denominators) if self.slope_method == "preconditioned" else directions
+            step_size = self._search(closure, params, directions, inner_product(grads, along) / clip_coef)
         else:
             step_size = self.line_search.skip()
 
@@ -233,7 +243,7 @@ class ALSALS(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments, the hyperparameters and every number of the search, which each parameter group carries."""
+        """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
         for group in self.param_groups:
             group.update(self.line_search.state_dict())
             group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
@@ -269,9 +279,7 @@ class ALSALS(torch.optim.Optimizer):
 
     def _direction(
         self, params: list[Tensor], betas: tuple[float, float], eps: float
-    ) -> tuple[list[Tensor], Tensor | float]:
-        if not params:
-            return [], 0.0
+    ) -> tuple[list[Tensor], list[Tensor]]:
         for p in params:
             state = self.state[p]
             if not state:
@@ -283,7 +291,7 @@ class ALSALS(torch.optim.Optimizer):
             state["step"] += 1
         states = [self.state[p] for p in params]
         grads = [p.grad.to(state["exp_avg"].dtype) for p, state in zip(params, states)]
-        directions, denominators = adam_direction(
+        return adam_direction(
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -291,9 +299,6 @@ class ALSALS(torch.optim.Optimizer):
             *betas,
             eps,
         )
-        if self.slope_method == "preconditioned":
-            return directions, inner_product(grads, torch._foreach_div(grads, denominators))
-        return directions, inner_product(grads, directions)
 
     def _search(
         self, closure: Callable[[], Tensor | float], params: list[Tensor], directions: list[Tensor], slope: Tensor
@@ -307,7 +312,7 @@ class ALSALS(torch.optim.Optimizer):
 
         try:
             if self.slope_method == "finite_difference":
-                step_size = max((torch.finfo(p.dtype).eps for p in params), default=1.0) ** 0.5
+                step_size = max((torch.finfo(p.dtype).eps for p in params)) ** 0.5
                 slope = (self.loss - probe(step_size)) / step_size
             return self.line_search.search(self.loss, float(slope), probe)
         finally:
@@ -318,8 +323,8 @@ class ALSALS(torch.optim.Optimizer):
         self.consecutive_skips += 1
         if self.consecutive_skips >= self.max_consecutive_skips:
             raise RuntimeError(
-                f"The loss or a gradient was not finite in {self.consecutive_skips} steps in a row (loss {self.loss}): "
-                "the model or its data produce NaN or infinity."
+                f"The loss or a gradient was not finite in {self.consecutive_skips} steps in a row (the last loss is "
+                f"{self.loss}): the model or its data produce NaN or infinity."
             )
 
 
@@ -364,7 +369,7 @@ def inner_product(left: list[Tensor], right: list[Tensor]) -> Tensor:
         `Tensor`: A scalar on the device of the first tensor.
     """
     products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(left, right, strict=True)]
-    return torch.stack([product.to(products[0].device) for product in products]).sum()
+    return torch.stack([product.to(left[0].device) for product in products]).sum()
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .loss_replay import LossReplay, MicroBatch, RandomState
+from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
 
 
@@ -18,7 +18,8 @@ class AlsalsTrainerMixin:
     training arguments name the optimizer (see [`AlsalsArgumentsMixin`]), or `optimizers` holds an [`ALSALS`].
 
     Attributes:
-        alsals (`ALSALS` or `None`): The optimizer, unwrapped, once training has begun.
+        alsals (`ALSALS` or `None`): The optimizer, without Accelerate's wrapper, once training has begun.
+        loss_replay (`LossReplay`): The micro-batches of the present optimizer step, once training has begun.
     """
 
     alsals: ALSALS | None = None
@@ -33,7 +34,7 @@ class AlsalsTrainerMixin:
             if self.alsals is not None and total_norm is not None:
                 # The factor of torch.nn.utils.clip_grads_with_norm_.
                 clip_coef = (max_norm / (torch.as_tensor(total_norm) + 1e-6)).clamp(max=1.0)
-                self.alsals.set_closure(self._replay, self._window_loss, clip_coef)
+                self.alsals.set_closure(self._replay_loss, self._window_loss, clip_coef)
             return total_norm
 
         self.accelerator.clip_grad_norm_ = clip_and_note
@@ -55,15 +56,9 @@ class AlsalsTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, on a second call of train()
         self.alsals = inner if isinstance(inner, ALSALS) else None
-        self._replay = LossReplay(self.model, self.accelerator)
+        self.loss_replay = LossReplay(self.model, self.accelerator)
         self._logged_probes: tuple[int, int] | None = None
         return optimizer
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetch the micro-batches of the next optimizer step; the arguments are the Trainer's."""
-        if self.alsals is not None:
-            self._replay.clear()
-        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run the Trainer's own training step and record the micro-batch for the loss closure.
@@ -82,36 +77,25 @@ class AlsalsTrainerMixin:
             self._logged_probes = (self.state.global_step, self.alsals.line_search.total_probes)
 
         compute_loss = self.compute_loss
-        recorded: dict[str, Any] = {}
 
         def compute_and_record(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            kept = copy.copy(inputs)  # compute_loss takes the labels out of its inputs
-
-            def compute_again() -> Tensor:
-                with self.compute_loss_context_manager():
-                    return _loss_of(compute_loss(model, copy.copy(kept), *args, **kwargs))
-
-            recorded.update(compute_again=compute_again, random_state=RandomState(self.model))
-            output = compute_loss(model, inputs, *args, **kwargs)
-            recorded["loss"] = _loss_of(output).detach()
-            return output
+            # compute_loss takes the labels out of the inputs it is given.
+            return self.loss_replay.record(lambda: compute_loss(model, copy.copy(inputs), *args, **kwargs))
 
         # What compute_loss is called with is what a probe has to call it with, whoever overrides which of the two.
         self.compute_loss = compute_and_record
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
-            del self.compute_loss
+            self.compute_loss = compute_loss
 
-        # The Trainer either keeps compute_loss's loss or divides it by the number of micro-batches.
-        kept = loss.data_ptr() == recorded["loss"].data_ptr()
-        divisor = 1 if kept else self.current_gradient_accumulation_steps
-        self._replay.micro_batches.append(
-            MicroBatch(recorded["compute_again"], recorded["random_state"], divisor, loss)
-        )
+        # The Trainer returns the loss of compute_loss as it is, or divided by the number of micro-batches.
+        micro_batch = self.loss_replay.micro_batches[-1]
+        as_it_is = loss.data_ptr() == micro_batch.loss.data_ptr()
+        micro_batch.divisor = 1 if as_it_is else self.current_gradient_accumulation_steps
         if self.accelerator.sync_gradients:
-            self._window_loss = self._replay.loss
-            self.alsals.set_closure(self._replay, self._window_loss)
+            self._window_loss = self.loss_replay.loss
+            self.alsals.set_closure(self._replay_loss, self._window_loss)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -132,6 +116,10 @@ class AlsalsTrainerMixin:
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)
 
+    def _replay_loss(self) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.loss_replay()
+
 
 class AlsalsTrainer(AlsalsTrainerMixin, Trainer):
     """[`~transformers.Trainer`] for [`ALSALS`]; see [`AlsalsTrainerMixin`]."""
@@ -139,7 +127,3 @@ class AlsalsTrainer(AlsalsTrainerMixin, Trainer):
 
 class AlsalsSeq2SeqTrainer(AlsalsTrainerMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] for [`ALSALS`]; see [`AlsalsTrainerMixin`]."""
-
-
-def _loss_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

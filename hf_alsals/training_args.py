@@ -59,8 +59,8 @@ class AlsalsArgumentsMixin:
     lr_scheduler_type: SchedulerType | None = field(
         default=None,
         metadata={
-            "help": "The scheduler type to use. Defaults to cosine for alsals, to constant for alsals_paper, salsa and "
-            "adam_sls, to the Trainer's own default for all others."
+            "help": "The scheduler type to use. Defaults to cosine for alsals, to constant for alsals_paper, salsa "
+            "and adam_sls, to the Trainer's own default for all others."
         },
     )
     adam_beta1: float | None = field(

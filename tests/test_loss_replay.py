@@ -1,0 +1,97 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_alsals import LossReplay
+
+
+class NoisyModel(nn.Module):
+    """Draws from every generator and moves buffers: one in place, one by replacing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last_batch_mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last_batch_mean = x.mean()
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return (self.layers(x) ** 2).mean() + noise
+
+
+def generators():
+    return random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return NoisyModel().train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_replayed_loss_is_the_training_loss_to_the_bit(model, accumulation):
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
+    replay = LossReplay(model, accelerator)
+    losses = []
+    for _ in range(accumulation):
+        with accelerator.accumulate(model):
+            losses.append(replay.record(model, torch.randn(8, 4)))
+    assert replay() == replay() == replay.loss
+    torch.testing.assert_close(replay.loss, torch.stack(losses).mean())
+
+
+def test_the_replayed_loss_is_that_of_the_weights_of_the_moment(model):
+    replay = LossReplay(model, Accelerator(cpu=True))
+    x = torch.randn(8, 4)
+    torch.manual_seed(1)
+    replay.record(model, x)
+    with torch.no_grad():
+        model.layers[-1].weight *= 2
+    torch.manual_seed(1)
+    assert replay() != replay.loss
+
+
+def test_generators_and_buffers_are_as_if_there_had_been_no_replay(model):
+    replay = LossReplay(model, Accelerator(cpu=True))
+    replay.record(model, torch.randn(8, 4))
+    before = generators(), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    identities = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    replay()
+    assert generators() == before[0]
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[1][name]), name
+        assert buffer.data_ptr() == identities[name], name
+
+
+def test_generators_and_buffers_are_put_back_when_a_probe_fails(model):
+    replay = LossReplay(model, Accelerator(cpu=True))
+    x = torch.randn(8, 4)
+    replay.record(model, x)
+    before = generators(), model.calls.item()
+    x.resize_(8, 3)
+    with pytest.raises(RuntimeError):
+        replay()
+    assert (generators(), model.calls.item()) == before
+
+
+def test_a_record_holds_the_micro_batches_of_one_optimizer_step(model):
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    replay = LossReplay(model, accelerator)
+    for step in range(1, 6):
+        with accelerator.accumulate(model):
+            replay.record(model, torch.randn(8, 4))
+        assert len(replay.micro_batches) == 2 - step % 2
+
+
+def test_no_graph_is_built(model):
+    replay = LossReplay(model, Accelerator(cpu=True))
+    replay.record(model, torch.randn(8, 4))
+    assert not replay().requires_grad
+    assert not replay.loss.requires_grad

@@ -1,0 +1,29 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def code_of(heading):
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize("heading", ["In a plain PyTorch loop", "In a plain Accelerate loop"])
+def test_the_loops_of_the_readme_learn_what_they_are_taught(heading, capsys):
+    torch.manual_seed(0)
+    exec(code_of(heading), {})
+    loss, step_size = map(float, capsys.readouterr().out.split())
+    assert loss < 0.4  # the targets' variance is 1
+    assert 1e-5 < step_size < 0.1
+
+
+def test_the_option_table_names_every_option_and_its_default():
+    from hf_alsals import ALSALS
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", README, re.MULTILINE))
+    defaults = {name: str(value) for name, value in ALSALS.__init__.__kwdefaults__.items()}
+    assert {name: rows[name] for name in defaults} == defaults

@@ -1,0 +1,188 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import run_clm
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+RECIPE = Path(run_clm.__file__)
+TINY = [
+    "--config_overrides",
+    "n_layer=1,n_embd=16,n_head=2",
+    "--block_size",
+    "64",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *map(str, flags)])
+    run_clm.main()
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics)[:12]))
+    return path
+
+
+def test_the_command_of_the_readme_trains_evaluates_and_writes_what_the_hf_scripts_write(tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, RECIPE, "--optim", "alsals", "--output_dir", output, "--max_steps", "20"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "A sample: 'The " in done.stdout
+    assert "step_size" in done.stdout + done.stderr
+    expected = {"all_results.json", "trainer_state.json", "model.safetensors", "README.md", "step_size.png"}
+    assert expected <= {path.name for path in output.iterdir()}
+    assert results(output)["eval_loss"] < math.log(259) - 1
+    assert results(output)["perplexity"] == pytest.approx(math.exp(results(output)["eval_loss"]))
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert {"loss", "step_size", "slope", "decrease", "probes"} <= set(state["log_history"][0])
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.decode(tokenizer("naïve").input_ids, skip_special_tokens=True) == "naïve"
+    assert model.config.vocab_size == len(tokenizer) == 259
+
+
+def test_the_topics_are_split_without_overlap():
+    texts = run_clm.load_texts(run_clm.DataTrainingArguments(), run_clm.ModelArguments())
+    train, validation = set(texts["train"]["text"]), set(texts["validation"]["text"])
+    assert train | validation == set(topics.values())
+    seen = {line.strip() for text in train for line in text.splitlines()}
+    assert not [line for text in validation for line in text.splitlines() if len(line) > 40 and line.strip() in seen]
+    assert 0.05 < sum(map(len, validation)) / sum(map(len, topics.values())) < 0.15
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_config_is_read_and_flags_after_it_override_it(suffix, tmp_path, monkeypatch, text_file):
+    config = {
+        "optim": "salsa",
+        "optim_args": "c=0.4,search_interval=2",
+        "train_file": str(text_file),
+        "validation_split_percentage": 20,
+        "block_size": 64,
+        "config_overrides": "n_layer=1,n_embd=16,n_head=2",
+        "learning_rate": 0.5,
+        "max_steps": 50,
+        "use_cpu": True,
+        "lr_scheduler_kwargs": {},
+        "include_for_metrics": ["loss"],
+        "output_dir": str(tmp_path / "out"),
+    }
+    path = tmp_path / f"config.{suffix}"
+    path.write_text(yaml.safe_dump(config) if suffix == "yaml" else json.dumps(config))
+    model_args, data_args, training_args = run_clm.parse_arguments([str(path), "--max_steps", "3"])
+    assert model_args.config_overrides == config["config_overrides"]
+    assert data_args.validation_split_percentage == 20
+    assert (training_args.optim, training_args.learning_rate, training_args.max_steps) == ("salsa", 0.5, 3)
+    assert training_args.include_for_metrics == ["loss"]
+    run(monkeypatch, path, "--max_steps", "3")
+    assert results(tmp_path / "out")["epoch"] > 0
+
+
+def test_the_shipped_configs_are_valid(tmp_path):
+    configs = sorted((RECIPE.parent / "configs").glob("gpt2*.yaml"))
+    assert configs
+    for config in configs:
+        run_clm.parse_arguments([str(config), "--output_dir", str(tmp_path), "--bf16", "false"])
+
+
+def test_a_local_data_set_is_streamed_and_split(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.dumps({"text": topics[name], "other": 1}) for name in sorted(topics)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    flags = ["--optim", "alsals", "--dataset_name", folder, "--streaming", "--max_steps", 3, "--max_eval_samples", 4]
+    run(monkeypatch, *flags, *TINY, "--output_dir", tmp_path / "out")
+    assert math.isfinite(results(tmp_path / "out")["eval_loss"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_csv_and_json_files_with_a_validation_file(suffix, tmp_path, monkeypatch):
+    files = []
+    for split in ("train", "validation"):
+        path = tmp_path / f"{split}.{suffix}"
+        text = topics["operator-summary"].replace('"', "'")
+        path.write_text(f'text\n"{text}"\n' if suffix == "csv" else json.dumps({"text": text}))
+        files += [f"--{split}_file", path]
+    run(monkeypatch, "--optim", "alsals", *files, *TINY, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert results(tmp_path / "out")["eval_samples"] == results(tmp_path / "out")["train_samples"]
+
+
+def test_a_saved_model_is_trained_on_and_evaluated(tmp_path, monkeypatch, text_file):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    data = ["--train_file", text_file, "--block_size", 64, "--use_cpu", "--disable_tqdm", "true"]
+    run(monkeypatch, "--optim", "alsals", *data, *TINY, "--max_steps", 20, "--output_dir", first)
+    model = ["--model_name_or_path", first, *data]
+    run(monkeypatch, *model, "--do_eval", "--output_dir", second)
+    assert results(second)["eval_loss"] == pytest.approx(results(first)["eval_loss"])
+    assert "train_loss" not in results(second)
+    run(monkeypatch, "--optim", "alsals", *model, "--torch_dtype", "float32", "--max_steps", 20, "--output_dir", third)
+    assert results(third)["eval_loss"] < results(first)["eval_loss"]
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, text_file):
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--save_steps", 4]
+    run(monkeypatch, *flags, "--max_steps", 8, "--output_dir", tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (tmp_path / "whole" / "checkpoint-4").rename(resumed / "checkpoint-4")
+    run(monkeypatch, *flags, "--max_steps", 8, "--output_dir", resumed, "--resume_from_checkpoint", "true")
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(whole[name].equal(again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_file", "nowhere.txt"], "train_file must be a file, but there is none at 'nowhere.txt'."),
+        (["--train_file", "text.pdf"], "train_file must be a txt, csv or json file, got 'text.pdf'."),
+        (["--validation_split_percentage", "100"], "validation_split_percentage must be between 0 and 100, got 100."),
+        (["--model_type", "gpt5000"], "got 'gpt5000'."),
+        (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3.0."),
+        (["--optim", "alsal"], "invalid choice: 'alsal'"),
+        (["--lerning_rate", "1"], "--lerning_rate"),
+    ],
+)
+def test_a_bad_flag_is_named_in_the_last_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(monkeypatch, *flags)
+    lines = (capsys.readouterr().err or str(error.value)).strip().splitlines()
+    assert message in lines[-1]
+
+
+def test_a_block_size_beyond_the_model_is_refused_before_training(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"block_size must be at most 64.*got 128"):
+        run(monkeypatch, "--block_size", 128, "--config_overrides", "n_positions=64", "--output_dir", tmp_path)
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path, monkeypatch, text_file):
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--max_steps", 4, "--seed", 7]
+    for name, other_seed in (("one", 1), ("two", 2)):
+        set_seed(other_seed)
+        run(monkeypatch, *flags, "--output_dir", tmp_path / name)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(one[name].equal(two[name]) for name in one)

@@ -1,0 +1,114 @@
+from dataclasses import dataclass, fields
+
+import pytest
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_alsals import (
+    PRESETS,
+    AlsalsArgumentsMixin,
+    AlsalsSeq2SeqTrainingArguments,
+    AlsalsTrainingArguments,
+)
+
+
+def from_command_line(*flags, cls=AlsalsTrainingArguments):
+    (args,) = HfArgumentParser(cls).parse_args_into_dataclasses([*flags])
+    return args
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("cls", [AlsalsTrainingArguments, AlsalsSeq2SeqTrainingArguments])
+def test_presets_are_accepted_from_python_and_from_the_command_line(preset, cls, tmp_path):
+    for args in (
+        cls(output_dir=str(tmp_path), optim=preset),
+        from_command_line("--output_dir", str(tmp_path), "--optim", preset, cls=cls),
+    ):
+        assert args.optim == preset
+        assert args.learning_rate == 1.0
+        assert args.lr_scheduler_type == ("cosine" if preset == "alsals" else "constant")
+        assert args.to_dict()["optim"] == preset
+
+
+def test_explicit_values_win_over_the_defaults_of_a_preset():
+    args = from_command_line(
+        "--optim", "adam_sls", "--learning_rate", "0.5", "--lr_scheduler_type", "linear", "--adam_beta1", "0.8"
+    )
+    assert (args.learning_rate, args.lr_scheduler_type, args.adam_beta1) == (0.5, "linear", 0.8)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", OptimizerNames.SGD, None])
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (AlsalsTrainingArguments, TrainingArguments),
+        (AlsalsSeq2SeqTrainingArguments, Seq2SeqTrainingArguments),
+    ],
+)
+def test_other_optimizers_have_every_value_of_the_plain_arguments(optim, ours, plain, tmp_path):
+    chosen = {} if optim is None else {"optim": optim}
+    args = ours(str(tmp_path), **chosen)
+    expected = plain(str(tmp_path), **chosen)
+    for field in fields(plain):
+        if field.init:
+            assert getattr(args, field.name) == getattr(expected, field.name), field.name
+
+
+def test_the_mixin_takes_the_defaults_of_the_class_it_extends(tmp_path):
+    @dataclass
+    class TheirArguments(TrainingArguments):
+        learning_rate: float = 2e-5
+
+    @dataclass
+    class OurArguments(AlsalsArgumentsMixin, TheirArguments):
+        pass
+
+    assert OurArguments(str(tmp_path), optim="adamw_torch").learning_rate == 2e-5
+    assert OurArguments(str(tmp_path), optim="alsals").learning_rate == 1.0
+
+
+def test_optim_args_and_adam_arguments_reach_the_optimizer(tmp_path):
+    args = AlsalsTrainingArguments(
+        str(tmp_path),
+        optim="salsa",
+        optim_args="c=0.4, growth_factor=1.02,search_interval=7,slope=exact",
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+    )
+    assert args.alsals_kwargs() == {
+        "c": 0.4,
+        "growth_factor": 1.02,
+        "decrease_factor": 0.8,
+        "slope": "exact",
+        "search_interval": 7,
+        "lr": 1.0,
+        "betas": (0.9, 0.95),
+        "eps": 1e-6,
+    }
+
+
+def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
+    assert AlsalsTrainingArguments(str(tmp_path), optim="adam_sls").alsals_kwargs()["betas"] == (0.0, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "message"),
+    [
+        ("foo=1", "unknown key 'foo'.*takes c, beta3"),
+        ("c=high", "c must be a number, got 'high'"),
+        ("c=1.5", r"c must be a number in \(0, 1\), got 1.5"),
+        ("growth_factor=0.9", "growth_factor must be a finite number of at least 1, got 0.9"),
+        ("search_interval=often", "search_interval must be an int or \"adaptive\", got 'often'"),
+        ("search_interval=0", "search_interval must be at least 1"),
+        ("slope=steep", "slope must be one of exact, preconditioned, finite_difference, got 'steep'"),
+        ("c:0.5", "must look like \"c=0.5,growth_factor=1.02\", got 'c:0.5'"),
+    ],
+)
+def test_a_bad_optim_arg_is_named_before_training(optim_args, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args=optim_args)
+
+
+def test_an_unknown_optimizer_is_named_with_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match=r"optim must be one of alsals, alsals_paper, salsa, adam_sls or .*'alsal'"):
+        AlsalsTrainingArguments(str(tmp_path), optim="alsal")
