@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 _STATE = (
     "step_size",
@@ -16,6 +16,25 @@ _STATE = (
     "decrease",
     "total_probes",
 )
+
+
+def check_number(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> None:
+    """Raise unless an argument is a valid number.
+
+    Args:
+        name (`str`): The argument's name, for the message.
+        value (`Any`): What was passed.
+        valid (`Callable[[float], bool]`): Whether a number is in range.
+        expected (`str`): What the range is in words, for the message.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}.")
+    if not valid(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 class ArmijoLineSearch:
@@ -55,17 +74,11 @@ class ArmijoLineSearch:
         initial_step_size: float = 0.1,
         search_interval: int | Literal["adaptive"] = 1,
     ) -> None:
-        for name, value, valid, expected in (
-            ("c", c, lambda x: 0 < x < 1, "a number in (0, 1)"),
-            ("beta3", beta3, lambda x: 0 <= x < 1, "a number in [0, 1)"),
-            ("growth_factor", growth_factor, lambda x: 1 <= x < math.inf, "a finite number of at least 1"),
-            ("decrease_factor", decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)"),
-            ("initial_step_size", initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number"),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}.")
-            if not valid(value):
-                raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        check_number("c", c, lambda x: 0 < x < 1, "a number in (0, 1)")
+        check_number("beta3", beta3, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        check_number("growth_factor", growth_factor, lambda x: 1 <= x < math.inf, "a finite number of at least 1")
+        check_number("decrease_factor", decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)")
+        check_number("initial_step_size", initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number")
         if search_interval != "adaptive":
             if isinstance(search_interval, (bool, float)) or not isinstance(search_interval, (int, str)):
                 raise TypeError(f'search_interval must be an int or "adaptive", got {search_interval!r}.')
@@ -102,14 +115,17 @@ class ArmijoLineSearch:
 
         Args:
             loss (`float`): Loss at step size 0.
-            slope (`float`): Decrease of the loss per unit of step size at step size 0.
+            slope (`float`): Decrease of the loss per unit of step size at step size 0. One that is not finite is left
+                out of the average.
             probe (`Callable[[float], float]`): Returns the loss at a step size. A non-finite loss rejects it.
 
         Returns:
             `float`: The accepted step size. After `max_probes` rejections it is the smallest one tried, or 0.0 if the
             loss is not finite even there.
         """
-        smoothed_slope = self.beta3 * self.smoothed_slope + (1 - self.beta3) * slope
+        smoothed_slope = self.smoothed_slope
+        if math.isfinite(slope):
+            smoothed_slope = self.beta3 * smoothed_slope + (1 - self.beta3) * slope
         c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
         step_size, probes = self.trial_step_size, 0
         while True:
@@ -131,7 +147,7 @@ class ArmijoLineSearch:
         self.total_probes += probes
         self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
         self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size
-        self.steps_until_search = self._interval() - 1
+        self.steps_until_search = self._interval() - 1 if accepted else 0
         if not math.isfinite(decrease):
             return 0.0
         self.smoothed_decrease = smoothed_decrease

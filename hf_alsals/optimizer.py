@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .line_search import ArmijoLineSearch
+from .line_search import ArmijoLineSearch, check_number
 
 # Each method of the papers as keyword arguments of ALSALS. adam_sls has the c and the growth (2 in 500 steps) of the
 # authors' package salsa-optimizer 0.1.0.
@@ -113,10 +113,12 @@ class ALSALS(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in ("lr", "eps", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]!r}.")
-        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']!r}.")
+            check_number(name, group[name], lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
         searched = {"c", "beta3", "growth_factor", "decrease_factor", "initial_step_size", "slope", "search_interval"}
         if named := sorted(searched & set(group)):
             raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
@@ -312,7 +314,7 @@ class ALSALS(torch.optim.Optimizer):
 
         try:
             if self.slope_method == "finite_difference":
-                step_size = max((torch.finfo(p.dtype).eps for p in params)) ** 0.5
+                step_size = max(torch.finfo(p.dtype).eps for p in params) ** 0.5
                 slope = (self.loss - probe(step_size)) / step_size
             return self.line_search.search(self.loss, float(slope), probe)
         finally:
@@ -377,7 +379,7 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     if not tensors:
         return True
     largest = torch._foreach_norm(tensors, math.inf)
-    return torch.stack([value.to(largest[0]) for value in largest]).isfinite().all().item()
+    return torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all().item()
 
 
 def _to_float(loss: Tensor | float) -> float:
