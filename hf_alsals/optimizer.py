@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .direction import AdamDirection, all_finite
 from .line_search import ArmijoLineSearch, check_number
 
 # Each method of the papers as keyword arguments of ALSALS. adam_sls has the c and the growth (2 in 500 steps) of the
@@ -213,35 +214,27 @@ class ALSALS(torch.optim.Optimizer):
         if loss is None:
             loss = closure()
         self.loss = _to_float(loss)
-        if not math.isfinite(self.loss) or not _all_finite([p.grad for p in params]):
+        if not params:
+            return loss
+        if not math.isfinite(self.loss) or not all_finite(params):
             self._skip()
             return loss
         self.consecutive_skips = 0
-        if not params:
-            return loss
 
-        directions, denominators = [], []
-        for group, group_params in groups:
-            if group_params:
-                group_directions, group_denominators = self._direction(group_params, group["betas"], group["eps"])
-                directions += group_directions
-                denominators += group_denominators
-
+        directions = [
+            (group, AdamDirection(group_params, [self.state[p] for p in group_params], group["betas"], group["eps"]))
+            for group, group_params in groups
+            if group_params
+        ]
         if self.line_search.is_due():
-            grads = [p.grad.to(direction.dtype) for p, direction in zip(params, directions)]
-            along = torch._foreach_div(grads, denominators) if self.slope_method == "preconditioned" else directions
-            step_size = self._search(closure, params, directions, inner_product(grads, along) / clip_coef)
+            step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
         else:
             step_size = self.line_search.skip()
-
-        for group, group_params in groups:
-            group_directions, directions = directions[: len(group_params)], directions[len(group_params) :]
-            if not group_params:
-                continue
+        for group, direction in directions:
             step = group["lr"] * step_size
             if group["weight_decay"] != 0:
-                torch._foreach_mul_(group_params, 1 - step * group["weight_decay"])
-            torch._foreach_add_(group_params, group_directions, alpha=-step)
+                torch._foreach_mul_(direction.params, 1 - step * group["weight_decay"])
+            direction.move(step)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,46 +272,29 @@ class ALSALS(torch.optim.Optimizer):
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
 
-    def _direction(
-        self, params: list[Tensor], betas: tuple[float, float], eps: float
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                # Moments of bfloat16 and float16 parameters would stall or underflow in their own dtype.
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] += 1
-        states = [self.state[p] for p in params]
-        grads = [p.grad.to(state["exp_avg"].dtype) for p, state in zip(params, states)]
-        return adam_direction(
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"].item() for state in states],
-            *betas,
-            eps,
-        )
-
     def _search(
-        self, closure: Callable[[], Tensor | float], params: list[Tensor], directions: list[Tensor], slope: Tensor
+        self, closure: Callable[[], Tensor | float], directions: list[AdamDirection], clip_coef: float
     ) -> float:
-        start = [p.clone() for p in params]
-
         def probe(step_size: float) -> float:
-            torch._foreach_copy_(params, start)
-            torch._foreach_add_(params, directions, alpha=-step_size)
+            for direction in directions:
+                direction.restore()
+                direction.move(step_size)
             return _to_float(closure())
 
+        for direction in directions:
+            direction.remember()
         try:
-            if self.slope_method == "finite_difference":
-                step_size = max(torch.finfo(p.dtype).eps for p in params) ** 0.5
+            if self.slope_method == "exact":
+                slope = sum(direction.slope() for direction in directions) / clip_coef
+            elif self.slope_method == "preconditioned":
+                slope = sum(direction.preconditioned_slope() for direction in directions) / clip_coef
+            else:
+                step_size = max(torch.finfo(p.dtype).eps for direction in directions for p in direction.params) ** 0.5
                 slope = (self.loss - probe(step_size)) / step_size
-            return self.line_search.search(self.loss, float(slope), probe)
+            return self.line_search.search(self.loss, slope, probe)
         finally:
-            torch._foreach_copy_(params, start)
+            for direction in directions:
+                direction.restore()
 
     def _skip(self) -> None:
         self.skipped_steps += 1
@@ -328,58 +304,6 @@ class ALSALS(torch.optim.Optimizer):
                 f"The loss or a gradient was not finite in {self.consecutive_skips} steps in a row (the last loss is "
                 f"{self.loss}): the model or its data produce NaN or infinity."
             )
-
-
-def adam_direction(
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[float],
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Update Adam's moments in place and return its direction (Kingma and Ba, arXiv 1412.6980, Algorithm 1).
-
-    Args:
-        grads, exp_avgs, exp_avg_sqs (`list[Tensor]`): Gradients and moments, of one shape for each parameter.
-        steps (`list[float]`): Number of updates of each parameter, this one included.
-        beta1, beta2, eps (`float`): As in Adam.
-
-    Returns:
-        `tuple[list[Tensor], list[Tensor]]`: The directions `m / (sqrt(v) + eps)` with bias-corrected moments, to be
-        subtracted from the parameters, and their denominators.
-    """
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(denominators, eps)
-    directions = torch._foreach_div(exp_avgs, [1 - beta1**step for step in steps])
-    torch._foreach_div_(directions, denominators)
-    return directions, denominators
-
-
-def inner_product(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    """Return the inner product of two lists of tensors of the same shapes.
-
-    Args:
-        left, right (`list[Tensor]`): Of any shapes and devices, the same in both lists.
-
-    Returns:
-        `Tensor`: A scalar on the device of the first tensor.
-    """
-    products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(left, right, strict=True)]
-    return torch.stack([product.to(left[0].device) for product in products]).sum()
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
-    if not tensors:
-        return True
-    largest = torch._foreach_norm(tensors, math.inf)
-    return torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all().item()
 
 
 def _to_float(loss: Tensor | float) -> float:

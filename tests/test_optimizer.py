@@ -10,7 +10,7 @@ import torch
 from reference import alsals_reference
 from torch import nn
 
-from hf_alsals import ALSALS, PRESETS
+from hf_alsals import ALSALS, PRESETS, ArmijoLineSearch
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -580,6 +580,10 @@ def test_step_returns_the_loss_it_started_from():
     before = (w**2).sum().item()
     assert optimizer.step(lambda: (w**2).sum()).item() == before
     assert optimizer.loss == before
+
+
+def test_search_has_the_defaults_of_the_line_search():
+    assert vars(ALSALS([single([1.0])]).line_search) == vars(ArmijoLineSearch())
 
 
 def test_steps_between_searches_call_no_closure_and_take_the_last_step_size():
