@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class RandomState:
@@ -35,6 +36,32 @@ class RandomState:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
+class BufferState:
+    """The values of a model's buffers as they stand now.
+
+    Args:
+        slots (`list[tuple[nn.Module, str]]`): The buffers, as modules and the names that they have there.
+    """
+
+    def __init__(self, slots: list[tuple[nn.Module, str]]) -> None:
+        self._buffers = [
+            (module, name, getattr(module, name), getattr(module, name).clone()) for module, name in slots
+        ]
+
+    def restore(self) -> None:
+        """Set every buffer back to this state, in the tensor that held it."""
+        for module, name, buffer, value in self._buffers:
+            setattr(module, name, buffer.copy_(value))
+
+    def moved(self) -> list[tuple[nn.Module, str]]:
+        """Return the buffers that have another value, or are another tensor, than in this state."""
+        return [
+            (module, name)
+            for module, name, buffer, value in self._buffers
+            if getattr(module, name) is not buffer or not torch.equal(buffer, value)
+        ]
+
+
 @dataclass
 class MicroBatch:
     """One micro-batch of an optimizer step.
@@ -42,12 +69,14 @@ class MicroBatch:
     Args:
         compute_loss (`Callable[[], Any]`): Computes its loss anew, at the weights as they are then.
         random_state (`RandomState`): The random number generators before its training forward pass.
+        buffer_state (`BufferState`): The buffers that move, before its training forward pass.
         loss (`Tensor`): Its training loss, without a graph.
         divisor (`int`): What the training loop divides its loss by.
     """
 
     compute_loss: Callable[[], Any]
     random_state: RandomState
+    buffer_state: BufferState
     loss: Tensor
     divisor: int
 
@@ -55,11 +84,12 @@ class MicroBatch:
 class LossReplay:
     """The closure of [`ALSALS`]: the loss of one optimizer step's micro-batches, at the weights of the moment.
 
-    The forward passes see the random numbers (so the dropout masks) of training; afterwards the random number
-    generators and the model's buffers are as they were. The loss is averaged over processes.
+    The forward passes see the random numbers (so the dropout masks) and buffers of training; afterwards the random
+    number generators and the buffers are as they were. The loss is averaged over processes. Which buffers move is seen
+    in the first forward pass.
 
     Args:
-        model (`nn.Module`): The model, for its buffers and devices.
+        model (`nn.Module`): The model as the training loop calls it, wrapped or not.
         accelerator (`Accelerator`): The accelerator of the training loop, for its gradient accumulation and processes.
     """
 
@@ -67,6 +97,7 @@ class LossReplay:
         self.model = model
         self.accelerator = accelerator
         self.micro_batches: list[MicroBatch] = []
+        self._moving: list[tuple[nn.Module, str]] | None = None
         self._complete = False
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -84,11 +115,19 @@ class LossReplay:
         if self._complete:
             self.micro_batches = []
         random_state = RandomState(self.model)
+        slots = self._moving
+        if slots is None:
+            modules = self.model.modules()
+            slots = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
+        buffer_state = BufferState(slots)
         output = function(*args, **kwargs)
+        if self._moving is None:
+            self._moving = buffer_state.moved()
         self.micro_batches.append(
             MicroBatch(
                 compute_loss=functools.partial(function, *args, **kwargs),
                 random_state=random_state,
+                buffer_state=buffer_state,
                 loss=_loss_of(output).detach(),
                 divisor=self.accelerator.gradient_accumulation_steps,
             )
@@ -105,20 +144,21 @@ class LossReplay:
     def __call__(self) -> Tensor:
         """Return the loss of the recorded micro-batches at the present weights, a scalar."""
         random_state = RandomState(self.model)
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in self.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
+        buffer_state = BufferState(self._moving or [])
+        wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
         try:
+            for wrapper in wrappers:
+                wrapper.require_forward_param_sync = False  # buffers are no business of a probe
             losses = []
             for batch in self.micro_batches:
                 batch.random_state.restore()
+                batch.buffer_state.restore()
                 losses.append(_loss_of(batch.compute_loss()) / batch.divisor)
         finally:
             random_state.restore()
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
+            buffer_state.restore()
+            for wrapper in wrappers:
+                wrapper.require_forward_param_sync = True
         return self._mean_over_processes(losses)
 
     def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:

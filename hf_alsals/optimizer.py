@@ -175,7 +175,7 @@ class ALSALS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(
         self, closure: Callable[[], Tensor | float] | None = None, loss: Tensor | float | None = None
-    ) -> Tensor | float:
+    ) -> Tensor | float | None:
         """Take one step along Adam's direction, with the step size of the line search.
 
         The gradients are in `.grad` already. If the closure raises, the parameters are where they were.
@@ -199,6 +199,10 @@ class ALSALS(torch.optim.Optimizer):
         self._handed_over = (None, None, 1.0)  # never a second step on the same batch
         if closure is None:
             closure, loss = earlier_closure, earlier_loss if loss is None else loss
+        if closure is None and all(group["lr"] == 0 for group in self.param_groups):
+            # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
+            self._directions()
+            return None
         if closure is None:
             raise RuntimeError(
                 "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
@@ -206,8 +210,7 @@ class ALSALS(torch.optim.Optimizer):
         if not callable(closure):
             raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
 
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        params = [p for _, group_params in groups for p in group_params]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(p.grad.is_sparse for p in params):
             raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
 
@@ -221,11 +224,7 @@ class ALSALS(torch.optim.Optimizer):
             return loss
         self.consecutive_skips = 0
 
-        directions = [
-            (group, AdamDirection(group_params, [self.state[p] for p in group_params], group["betas"], group["eps"]))
-            for group, group_params in groups
-            if group_params
-        ]
+        directions = self._directions()
         if self.line_search.is_due():
             step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
         else:
@@ -271,6 +270,15 @@ class ALSALS(torch.optim.Optimizer):
         return (
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
+
+    def _directions(self) -> list[tuple[dict[str, Any], AdamDirection]]:
+        directions = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                states = [self.state[p] for p in params]
+                directions.append((group, AdamDirection(params, states, group["betas"], group["eps"])))
+        return directions
 
     def _search(
         self, closure: Callable[[], Tensor | float], directions: list[AdamDirection], clip_coef: float

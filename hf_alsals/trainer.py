@@ -1,11 +1,19 @@
 """Trainers that hand the loss closure to ALSALS."""
 
 import copy
+import json
+import os
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_sagemaker_mp_enabled
 
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
@@ -23,6 +31,12 @@ class AlsalsTrainerMixin:
     """
 
     alsals: ALSALS | None = None
+    loss_replay: LossReplay | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS):
+            self._refuse_what_is_not_supported()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and note what its gradient clipping multiplies the gradients by."""
@@ -32,8 +46,9 @@ class AlsalsTrainerMixin:
         def clip_and_note(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             total_norm = clip_grad_norm_(parameters, max_norm, *args, **kwargs)
             if self.alsals is not None and total_norm is not None:
+                norm = total_norm.full_tensor() if isinstance(total_norm, DTensor) else torch.as_tensor(total_norm)
                 # The factor of torch.nn.utils.clip_grads_with_norm_.
-                clip_coef = (max_norm / (torch.as_tensor(total_norm) + 1e-6)).clamp(max=1.0)
+                clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
                 self.alsals.set_closure(self._replay_loss, self._window_loss, clip_coef)
             return total_norm
 
@@ -56,9 +71,19 @@ class AlsalsTrainerMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, on a second call of train()
         self.alsals = inner if isinstance(inner, ALSALS) else None
-        self.loss_replay = LossReplay(self.model, self.accelerator)
-        self._logged_probes: tuple[int, int] | None = None
+        self.loss_replay = None
         return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint to resume from.
+            args, kwargs: Passed on to the Trainer.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run the Trainer's own training step and record the micro-batch for the loss closure.
@@ -73,7 +98,8 @@ class AlsalsTrainerMixin:
         """
         if self.alsals is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if self._logged_probes is None:
+        if self.loss_replay is None:
+            self.loss_replay = LossReplay(model, self.accelerator)
             self._logged_probes = (self.state.global_step, self.alsals.line_search.total_probes)
 
         compute_loss = self.compute_loss
@@ -120,6 +146,28 @@ class AlsalsTrainerMixin:
         with self.compute_loss_context_manager():
             return self.loss_replay()
 
+    def _refuse_what_is_not_supported(self) -> None:
+        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        sharded_at_load = getattr(self, "is_distributed_loading_by_transformers", False)  # since transformers 5.14
+        if self.is_deepspeed_enabled:
+            raise ValueError("ALSALS does not run under DeepSpeed: use FSDP2 (fsdp_version 2) instead.")
+        if self.is_fsdp_enabled and getattr(fsdp_plugin, "fsdp_version", 1) == 1:
+            raise ValueError("ALSALS does not run under FSDP1, which flattens parameters: set fsdp_version to 2.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"ALSALS does not run under torch.nn.DataParallel (one process, {self.args.n_gpu} GPUs): launch one "
+                "process for each GPU with torchrun or accelerate launch."
+            )
+        if self.get_tp_size() > 1 or self.get_cp_size() > 1 or self.get_sp_size() > 1 or sharded_at_load:
+            raise ValueError(
+                "ALSALS does not run under tensor, context, sequence or expert parallelism: use data parallelism, with "
+                "DDP or FSDP2."
+            )
+        if self.args.device.type == "xla":
+            raise ValueError("ALSALS does not run on TPUs or under XLA: use a GPU or the CPU.")
+        if is_sagemaker_mp_enabled():
+            raise ValueError("ALSALS does not run under SageMaker's model parallelism: use DDP or FSDP2 instead.")
+
 
 class AlsalsTrainer(AlsalsTrainerMixin, Trainer):
     """[`~transformers.Trainer`] for [`ALSALS`]; see [`AlsalsTrainerMixin`]."""
@@ -127,3 +175,28 @@ class AlsalsTrainer(AlsalsTrainerMixin, Trainer):
 
 class AlsalsSeq2SeqTrainer(AlsalsTrainerMixin, Seq2SeqTrainer):
     """[`~transformers.Seq2SeqTrainer`] for [`ALSALS`]; see [`AlsalsTrainerMixin`]."""
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """Return the last checkpoint that was written to its end.
+
+    The Trainer writes a checkpoint's trainer_state.json last, so a run killed while it saved has none there or a broken
+    one.
+
+    Args:
+        output_dir (`str`): The output directory of a run.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder, if there is one.
+    """
+    if not os.path.isdir(output_dir):
+        return None
+    steps = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(output_dir)]
+    for step in sorted((int(match.group(1)) for match in steps if match), reverse=True):
+        checkpoint = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        try:
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return checkpoint
+    return None

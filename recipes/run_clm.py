@@ -36,10 +36,10 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.callbacks import StepSizeCallback
+from hf_alsals.trainer import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ def main() -> None:
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint == "true":  # from the last one, if there is any
-            checkpoint = get_last_checkpoint(training_args.output_dir)
+            checkpoint = last_whole_checkpoint(training_args.output_dir)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()  # with the tokenizer
         if not data_args.streaming:
