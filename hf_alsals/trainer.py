@@ -160,8 +160,8 @@ class AlsalsTrainerMixin:
             )
         if self.get_tp_size() > 1 or self.get_cp_size() > 1 or self.get_sp_size() > 1 or sharded_at_load:
             raise ValueError(
-                "ALSALS does not run under tensor, context, sequence or expert parallelism: use data parallelism, with "
-                "DDP or FSDP2."
+                "ALSALS does not run under tensor, context, sequence or expert parallelism: use data parallelism, "
+                "with DDP or FSDP2."
             )
         if self.args.device.type == "xla":
             raise ValueError("ALSALS does not run on TPUs or under XLA: use a GPU or the CPU.")
@@ -180,8 +180,8 @@ class AlsalsSeq2SeqTrainer(AlsalsTrainerMixin, Seq2SeqTrainer):
 def last_whole_checkpoint(output_dir: str) -> str | None:
     """Return the last checkpoint that was written to its end.
 
-    The Trainer writes a checkpoint's trainer_state.json last, so a run killed while it saved has none there or a broken
-    one.
+    The Trainer writes a checkpoint's trainer_state.json last: where a run was killed while it saved, there is none or
+    a broken one.
 
     Args:
         output_dir (`str`): The output directory of a run.

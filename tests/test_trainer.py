@@ -37,6 +37,8 @@ class Sequences(Dataset):
         return self.size
 
     def __getitem__(self, index):
+        if index >= self.size:
+            raise IndexError(index)
         input_ids = (torch.arange(LENGTH) * (index % 7 + 1) + index) % VOCABULARY
         labels = input_ids.clone()
         labels[: index % 5] = -100

@@ -1,0 +1,203 @@
+"""What test_distributed.py runs on two processes: `torchrun --nproc_per_node 2 distributed_tasks.py OUTPUT_DIR`.
+
+Each process writes the results of all tasks to OUTPUT_DIR/RANK.json. The test calls the same tasks in one process.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from test_trainer import Observer, Sequences, arguments, gpt2, training_logs, weights
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import TrainerCallback
+
+from hf_alsals import ALSALS, AlsalsTrainer, LossReplay
+
+GLOBAL_BATCH = 8
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def described(trainer):
+    return {
+        "step_sizes": [entry["step_size"] for entry in training_logs(trainer)],
+        "losses": [entry["loss"] for entry in training_logs(trainer)],
+        "weights": weights(trainer).tolist(),
+    }
+
+
+def trainer_of(folder, accumulation=1, model=None, **kwargs):
+    batch_size = GLOBAL_BATCH // processes() // accumulation
+    args = arguments(
+        folder, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **kwargs
+    )
+    # In float64: Adam makes whole steps of the rounding noise of gradients that are zero, as those of the key biases.
+    return AlsalsTrainer(model or gpt2(dropout=0, dtype=torch.float64), args, train_dataset=Sequences())
+
+
+def ddp(folder, accumulation=1):
+    trainer = trainer_of(folder / f"ddp{accumulation}", accumulation, max_steps=30)
+    trainer.train()
+    return described(trainer)
+
+
+def accumulated(folder):
+    return ddp(folder, accumulation=2)
+
+
+def dropout(folder):
+    seen = []
+    trainer = trainer_of(folder / "dropout", model=gpt2(dropout=0.1), max_steps=10)
+    trainer.add_callback(
+        Observer(lambda: seen.append((trainer.loss_replay().item(), trainer.loss_replay.loss.item())))
+    )
+    trainer.train()
+    return described(trainer) | {"seen": seen}
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(31, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 31)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def communication(folder):
+    torch.manual_seed(0)
+    trainer = trainer_of(folder / "communication", model=WithBatchNorm(), max_steps=3)
+    counts = []
+
+    def probe():
+        with CommDebugMode() as mode:
+            trainer.loss_replay()
+        counts.append(mode.get_total_counts())
+
+    trainer.add_callback(Observer(probe))
+    trainer.train()
+    return {"counts": counts}
+
+
+def resumed(folder):
+    whole = trainer_of(folder / "resume", max_steps=8, save_strategy="steps", save_steps=5)
+    whole.train()
+    again = trainer_of(folder / "resume", max_steps=8, save_strategy="no")
+    again.train(resume_from_checkpoint=str(folder / "resume" / "checkpoint-5"))
+    return {"whole": described(whole), "again": described(again)}
+
+
+def accelerate_loop(folder):
+    torch.manual_seed(0)
+    accumulation = 2
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
+    alsals = ALSALS((model := gpt2(dropout=0)).parameters())
+    loader = torch.utils.data.DataLoader(Sequences(), batch_size=GLOBAL_BATCH // processes() // accumulation)
+    model, optimizer, loader = accelerator.prepare(model, alsals, loader)
+    replay = LossReplay(model, accelerator)
+    step_sizes, replayed = [], []
+    for _ in range(4):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = replay.record(lambda batch: model(**batch).logits.float().square().mean(), batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    alsals.set_closure(replay, replay.loss)
+                    replayed.append((replay().item(), replay.loss.item()))
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    step_sizes.append(alsals.step_size)
+                optimizer.zero_grad()
+    flat = torch.cat([p.detach().flatten() for p in accelerator.unwrap_model(model).parameters()])
+    return {"step_sizes": step_sizes, "weights": flat.tolist(), "seen": replayed}
+
+
+def sharded(folder):
+    """FSDP2 in a loop of its own: parameters and moments are DTensors, with shards of unequal size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 1)).double()
+    rank = dist.get_rank() if processes() > 1 else 0
+    if processes() > 1:
+        for module in (model[0], model[2], model):
+            fully_shard(module)
+    optimizer = ALSALS(model.parameters(), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1)
+    step_sizes, slopes = [], []
+    for _ in range(30):
+        x = torch.randn(16, 8, generator=generator, dtype=torch.float64).chunk(processes())[rank]
+
+        def mean_loss(x=x):
+            loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
+            total = loss.detach().clone()
+            if processes() > 1:
+                dist.all_reduce(total)
+            return loss, total / processes()
+
+        loss, total = mean_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(lambda: mean_loss()[1], total)
+        step_sizes.append(optimizer.step_size)
+        slopes.append(optimizer.slope)
+    kinds = {type(state["exp_avg"]) is DTensor for state in optimizer.state.values()}
+    flat = [(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()]
+    return {
+        "step_sizes": step_sizes,
+        "slopes": slopes,
+        "weights": torch.cat(flat).tolist(),
+        "sharded_moments": kinds == {True},
+    }
+
+
+def not_finite_on_one_process(folder):
+    """One process meets an infinite loss: all skip that step, and go on in step."""
+
+    class Poisoned(AlsalsTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            poisoned = self.state.global_step == 2 and self.args.process_index == processes() - 1
+            return loss * float("inf") if poisoned else loss
+
+    args = arguments(folder / "poisoned", per_device_train_batch_size=GLOBAL_BATCH // processes(), max_steps=6)
+    trainer = Poisoned(gpt2(dropout=0), args, train_dataset=Sequences())
+    before = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            before.append(weights(trainer).sum().item())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return {"sums": before, "skipped": trainer.alsals.skipped_steps, "step_size": trainer.alsals.step_size}
+
+
+TASKS = (
+    ddp,
+    accumulated,
+    dropout,
+    communication,
+    resumed,
+    accelerate_loop,
+    sharded,
+    not_finite_on_one_process,
+)
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    results = {task.__name__: task(output) for task in TASKS}
+    (output / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
