@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from test_trainer import Observer, Sequences, arguments, gpt2, training_logs, weights
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -124,21 +126,31 @@ def accelerate_loop(folder):
     return {"step_sizes": step_sizes, "weights": flat.tolist(), "seen": replayed}
 
 
-def sharded(folder):
-    """FSDP2 in a loop of its own: parameters and moments are DTensors, with shards of unequal size."""
+def sharded_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 1)).double()
-    rank = dist.get_rank() if processes() > 1 else 0
     if processes() > 1:
         for module in (model[0], model[2], model):
             fully_shard(module)
-    optimizer = ALSALS(model.parameters(), weight_decay=0.01)
+    return model, ALSALS(model.parameters(), weight_decay=0.01)
+
+
+def sharded(folder, saved_at=None):
+    """FSDP2 in a loop of its own: parameters and moments are DTensors, with shards of unequal size."""
+    model, optimizer = sharded_model()
+    rank = dist.get_rank() if processes() > 1 else 0
     generator = torch.Generator().manual_seed(1)
     step_sizes, slopes = [], []
-    for _ in range(30):
+    for step in range(30):
+        if step == saved_at:
+            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=folder / "dcp")
+            model, optimizer = sharded_model()
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            dcp.load(state, checkpoint_id=folder / "dcp")
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         x = torch.randn(16, 8, generator=generator, dtype=torch.float64).chunk(processes())[rank]
 
-        def mean_loss(x=x):
+        def mean_loss(model=model, x=x):
             loss = (model(x) - x[:, :1] * x[:, 1:2]).square().mean()
             total = loss.detach().clone()
             if processes() > 1:
@@ -159,6 +171,10 @@ def sharded(folder):
         "weights": torch.cat(flat).tolist(),
         "sharded_moments": kinds == {True},
     }
+
+
+def sharded_and_saved(folder):
+    return sharded(folder, saved_at=13)
 
 
 def not_finite_on_one_process(folder):
@@ -191,6 +207,7 @@ TASKS = (
     resumed,
     accelerate_loop,
     sharded,
+    sharded_and_saved,
     not_finite_on_one_process,
 )
 

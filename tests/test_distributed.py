@@ -62,6 +62,11 @@ def test_a_run_on_two_processes_resumes_bit_for_bit(ranks):
         assert rank["resumed"]["whole"] == rank["resumed"]["again"]
 
 
+def test_sharded_parameters_and_moments_are_saved_and_loaded_bit_for_bit(ranks):
+    for rank in ranks:
+        assert rank["sharded_and_saved"] == rank["sharded"]
+
+
 def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all(ranks):
     first, second = (rank["not_finite_on_one_process"] for rank in ranks)
     assert first == second
