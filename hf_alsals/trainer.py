@@ -143,8 +143,14 @@ class AlsalsTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def _replay_loss(self) -> Tensor:
-        with self.compute_loss_context_manager():
-            return self.loss_replay()
+        # TRL's trainers count tokens and collect metrics in compute_loss (TRL 1.16): a probe is no training.
+        counters = {name: vars(self)[name] for name in ("_metrics", "_total_train_tokens") if name in vars(self)}
+        vars(self).update(copy.deepcopy(counters))
+        try:
+            with self.compute_loss_context_manager():
+                return self.loss_replay()
+        finally:
+            vars(self).update(counters)
 
     def _refuse_what_is_not_supported(self) -> None:
         fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.utils.data import IterableDataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     ResNetConfig,
@@ -23,7 +27,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_alsals import ALSALS, AlsalsSeq2SeqTrainer, AlsalsSeq2SeqTrainingArguments, AlsalsTrainer
+from hf_alsals import (
+    ALSALS,
+    AlsalsArgumentsMixin,
+    AlsalsSeq2SeqTrainer,
+    AlsalsSeq2SeqTrainingArguments,
+    AlsalsTrainer,
+    AlsalsTrainerMixin,
+)
 
 
 class Images(Sequences):
@@ -287,3 +298,73 @@ def test_a_step_that_the_gradient_scaler_skips_leaves_the_search_untouched():
     optimizer.set_closure(lambda: fresh(x).square().mean(), loss)
     scaler.step(optimizer)
     assert optimizer.slope == pytest.approx(norm, rel=1e-4)
+
+
+def test_trl_sft_trainer(tmp_path):
+    reason = "TRL is optional: its newest release may not run on the oldest transformers"
+    trl = pytest.importorskip("trl", reason=reason)
+    datasets = pytest.importorskip("datasets")
+
+    @dataclass
+    class SFTArguments(AlsalsArgumentsMixin, trl.SFTConfig):
+        pass
+
+    class AlsalsSFTTrainer(AlsalsTrainerMixin, trl.SFTTrainer):
+        pass
+
+    def build_trainer(optim):
+        torch.manual_seed(0)
+        config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=259, n_positions=64, bos_token_id=1)
+        texts = datasets.Dataset.from_dict({"text": [f"line {i} of many " * (1 + i % 3) for i in range(32)]})
+        args = arguments(tmp_path, SFTArguments, optim=optim, max_length=64, gradient_accumulation_steps=2, bf16=False)
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        return AlsalsSFTTrainer(GPT2LMHeadModel(config), args, train_dataset=texts, processing_class=tokenizer)
+
+    train_and_compare(build_trainer("alsals"))
+    logs = []
+    for optim in ("alsals", "adamw_torch"):
+        trainer = build_trainer(optim)
+        trainer.train()
+        logs.append(training_logs(trainer))
+    assert [entry["num_tokens"] for entry in logs[0]] == [entry["num_tokens"] for entry in logs[1]]
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "DeepSpeed: use FSDP2"),
+        ({"is_fsdp_enabled": True}, "FSDP1.*set fsdp_version to 2"),
+        ({"get_tp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
+        ({"get_cp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
+        ({"get_sp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_exact_is_refused_when_the_trainer_is_built(changed, message, tmp_path):
+    class Elsewhere(AlsalsTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            vars(self).update(changed)
+
+    with pytest.raises(ValueError, match=message):
+        Elsewhere(gpt2(), arguments(tmp_path), train_dataset=Sequences())
+
+
+def test_a_hand_made_optimizer_is_refused_there_too(tmp_path):
+    class TensorParallel(AlsalsTrainer):
+        def get_tp_size(self):
+            return 2
+
+    args = arguments(tmp_path, TrainingArguments, optim="adamw_torch")
+    TensorParallel(gpt2(), args, train_dataset=Sequences())
+    with pytest.raises(ValueError, match="tensor, context, sequence or expert parallelism"):
+        model = gpt2()
+        TensorParallel(model, args, train_dataset=Sequences(), optimizers=(ALSALS(model.parameters()), None))
+
+
+def test_data_parallelism_in_one_process_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"DataParallel \(one process, 2 GPUs\): launch one process for each GPU"):
+        AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
