@@ -97,7 +97,12 @@ def resumed(folder):
     whole = trainer_of(folder / "resume", max_steps=8, save_strategy="steps", save_steps=5)
     whole.train()
     again = trainer_of(folder / "resume", max_steps=8, save_strategy="no")
-    again.train(resume_from_checkpoint=str(folder / "resume" / "checkpoint-5"))
+    try:
+        again.train(resume_from_checkpoint=str(folder / "resume" / "checkpoint-5"))
+    except RuntimeError as error:
+        if "don't know how to restore data location" not in str(error):
+            raise
+        return {"unsupported": "this transformers cannot resume two processes on CPUs: it loads to a device cpu:0"}
     return {"whole": described(whole), "again": described(again)}
 
 

@@ -59,6 +59,8 @@ def test_a_probe_costs_one_all_reduce(ranks):
 
 def test_a_run_on_two_processes_resumes_bit_for_bit(ranks):
     for rank in ranks:
+        if "unsupported" in rank["resumed"]:
+            pytest.skip(rank["resumed"]["unsupported"])
         assert rank["resumed"]["whole"] == rank["resumed"]["again"]
 
 
