@@ -1,4 +1,4 @@
-"""What test_distributed.py runs on two processes: `torchrun --nproc_per_node 2 distributed_tasks.py OUTPUT_DIR`.
+"""What test_distributed.py runs: `torchrun --nproc_per_node 2 distributed_tasks.py OUTPUT_DIR [TASK ...]`.
 
 Each process writes the results of all tasks to OUTPUT_DIR/RANK.json. The test calls the same tasks in one process.
 """
@@ -106,10 +106,10 @@ def resumed(folder):
     return {"whole": described(whole), "again": described(again)}
 
 
-def accelerate_loop(folder):
+def accelerate_loop(folder, mixed_precision="no"):
     torch.manual_seed(0)
     accumulation = 2
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision, cpu=True)
     alsals = ALSALS((model := gpt2(dropout=0)).parameters())
     loader = torch.utils.data.DataLoader(Sequences(), batch_size=GLOBAL_BATCH // processes() // accumulation)
     model, optimizer, loader = accelerator.prepare(model, alsals, loader)
@@ -129,6 +129,10 @@ def accelerate_loop(folder):
                 optimizer.zero_grad()
     flat = torch.cat([p.detach().flatten() for p in accelerator.unwrap_model(model).parameters()])
     return {"step_sizes": step_sizes, "weights": flat.tolist(), "seen": replayed}
+
+
+def accelerate_loop_bf16(folder):
+    return accelerate_loop(folder, mixed_precision="bf16")
 
 
 def sharded_model():
@@ -220,6 +224,7 @@ TASKS = (
 if __name__ == "__main__":
     output = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    results = {task.__name__: task(output) for task in TASKS}
+    tasks = [globals()[name] for name in sys.argv[2:]] or TASKS
+    results = {task.__name__: task(output) for task in tasks}
     (output / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -8,13 +8,11 @@ import distributed_tasks as tasks
 import pytest
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The results of every task on two processes, one dict a rank."""
-    output = tmp_path_factory.mktemp("two")
+def on_two_processes(output, *names):
+    """The results of tasks on two processes, one dict a rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, tasks.__file__, str(output)],
+        [*command, tasks.__file__, str(output), *names],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
@@ -23,6 +21,11 @@ def ranks(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return on_two_processes(tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("task", ["ddp", "accumulated", "accelerate_loop", "sharded"])
@@ -51,6 +54,13 @@ def test_all_processes_take_the_same_step_sizes_to_the_same_weights(task, ranks)
 def test_at_step_size_zero_the_closure_is_the_training_loss_to_the_bit(task, ranks):
     for rank in ranks:
         assert all(replayed == trained for replayed, trained in rank[task]["seen"])
+
+
+def test_an_accelerate_loop_in_bf16(tmp_path):
+    # In processes of its own: Accelerate has one mixed precision a process.
+    first, second = (rank["accelerate_loop_bf16"] for rank in on_two_processes(tmp_path, "accelerate_loop_bf16"))
+    assert first == second
+    assert all(replayed == trained for replayed, trained in first["seen"])
 
 
 def test_a_probe_costs_one_all_reduce(ranks):

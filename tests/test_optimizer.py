@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import alsals_reference
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_alsals import ALSALS, PRESETS, ArmijoLineSearch
 
@@ -242,6 +243,20 @@ def test_clip_coef_makes_it_the_slope_of_the_unclipped_gradient(slope, relative_
     assert_slopes(slope, relative_tolerance, max_norm=0.05)
 
 
+def test_finite_difference_steps_as_far_as_the_coarsest_dtype_needs():
+    coarse, fine = single([1.0], torch.bfloat16), single([1.0])
+    optimizer, probed = ALSALS([coarse, fine], slope="finite_difference"), []
+
+    def closure():
+        probed.append(fine.item())
+        return coarse.double().sum() + fine.sum()
+
+    loss = closure()
+    loss.backward()
+    optimizer.step(closure, loss)
+    assert probed[1] == pytest.approx(1.0 - 2**-3.5, rel=1e-7)
+
+
 @pytest.mark.parametrize("slope", ["exact", "preconditioned"])
 def test_clip_coef_may_be_a_float_and_counts_for_one_step_only(slope):
     w = single([3.0, -2.0])
@@ -442,6 +457,7 @@ def test_channels_last_parameter_keeps_its_layout_and_takes_the_same_steps():
     torch.testing.assert_close(nets[1].weight, nets[0].weight, rtol=1e-9, atol=1e-9)
     assert nets[1].weight.is_contiguous(memory_format=torch.channels_last)
     assert not nets[1].weight.is_contiguous()
+    assert optimizers[1].state[nets[1].weight]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
     assert histories[0][-1][1] < 0.5 * histories[0][0][1]
 
 
@@ -528,6 +544,16 @@ def test_closure_given_to_step_wins_over_the_handed_over_closure_and_loss():
     optimizer = ALSALS([w])
     optimizer.set_closure(lambda: pytest.fail("the closure of an earlier batch was called"), 17.0)
     assert optimizer.step(lambda: w.sum()) == 1.0
+
+
+def test_loss_given_to_step_wins_over_the_handed_over_one():
+    w = single([1.0])
+    w.grad = torch.ones_like(w)
+    optimizer = ALSALS([w])
+    optimizer.set_closure(lambda: w.sum(), 5.0)
+    assert optimizer.step() == optimizer.loss == 5.0
+    optimizer.set_closure(lambda: w.sum(), 5.0)
+    assert optimizer.step(loss=7.0) == optimizer.loss == 7.0
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -707,18 +733,49 @@ def test_state_of_a_parameter_without_gradient_resumes():
     assert train(None, resumed, range(10), lambda net, k: (copies[1] ** 2).sum() + copies[0].sum() ** 2) == expected
 
 
-def test_resumed_optimizer_goes_on_counting_skipped_steps():
+def reloaded(optimizer):
+    other = ALSALS(optimizer.param_groups[0]["params"])
+    other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("resume", [reloaded, copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_resumed_or_copied_optimizer_goes_on_counting_skipped_steps(resume):
     w = single([1.0])
     w.grad = torch.ones_like(w)
-    optimizer, resumed = ALSALS([w]), ALSALS([w])
+    optimizer = ALSALS([w])
     for _ in range(6):
         optimizer.step(lambda: math.nan)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed = resume(optimizer)
+    resumed.param_groups[0]["params"][0].grad = torch.ones_like(w)
     for _ in range(3):
         resumed.step(lambda: math.nan)
     assert resumed.skipped_steps == 9
     with pytest.raises(RuntimeError):
         resumed.step(lambda: math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_resumed_by_distributed_checkpoint_continues_bit_for_bit(dtype):
+    net, optimizer = make_grouped(dtype)
+    train(net, optimizer, range(17))
+    optimizer.zero_grad()
+    state = through_torch_save(get_optimizer_state_dict(net, optimizer))
+
+    other_net, other = make_grouped(dtype)
+    other_net.load_state_dict(net.state_dict())
+    set_optimizer_state_dict(other_net, other, state)
+    assert_continues_identically(net, optimizer, other_net, other, 17)
+
+
+def test_step_at_lr_zero_without_closure_makes_the_state_and_moves_nothing():
+    w = single([1.0, 2.0])
+    w.grad = torch.zeros_like(w)
+    optimizer = ALSALS([w], lr=0.0)
+    assert optimizer.step() is None
+    assert w.tolist() == [1.0, 2.0]
+    assert set(optimizer.state[w]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert optimizer.line_search.state_dict() == ArmijoLineSearch().state_dict()
 
 
 # ---- wrong use ----
@@ -727,6 +784,8 @@ def test_resumed_optimizer_goes_on_counting_skipped_steps():
 def test_step_without_closure_raises():
     with pytest.raises(RuntimeError, match="needs a closure"):
         ALSALS([single([1.0])]).step()
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        ALSALS([{"params": [single([1.0])], "lr": 0.0}, {"params": [single([1.0])]}]).step()
 
 
 @pytest.mark.parametrize("closure", [1.0, torch.tensor(1.0), "loss"])

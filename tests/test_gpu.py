@@ -1,0 +1,52 @@
+"""What only a GPU can show: its dropout kernels and scalers, and FSDP2 through the Trainer."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_exactness import build, train_and_compare
+from test_trainer import Sequences, arguments, gpt2, training_logs
+
+from hf_alsals import AlsalsTrainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "resnet"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_at_step_size_zero_the_closure_is_the_training_loss(name, precision, accumulation, tmp_path):
+    model, dataset = build(name)
+    args = arguments(tmp_path, use_cpu=False, gradient_accumulation_steps=accumulation, **precision)
+    train_and_compare(AlsalsTrainer(model, args, train_dataset=dataset))
+
+
+def train_sharded(output_dir):
+    """The program of the FSDP2 test: a run, and the same run resumed from its middle."""
+    fsdp = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "use_cpu": False}
+    logs = []
+    for checkpoint in (None, os.path.join(output_dir, "checkpoint-5")):
+        trainer = AlsalsTrainer(gpt2(dropout=0), arguments(output_dir, **fsdp, **saving), train_dataset=Sequences())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logs.append(training_logs(trainer))
+    if trainer.is_world_process_zero():
+        with open(os.path.join(output_dir, "logs.json"), "w") as file:
+            json.dump(logs, file)
+
+
+def test_fsdp2_through_the_trainer(tmp_path):
+    alone = AlsalsTrainer(gpt2(dropout=0), arguments(tmp_path, use_cpu=False, max_steps=10), train_dataset=Sequences())
+    alone.train()
+    program = tmp_path / "program.py"
+    program.write_text(f"from test_gpu import train_sharded\ntrain_sharded({str(tmp_path)!r})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(program)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    whole, resumed = json.loads((tmp_path / "logs.json").read_text())
+    assert whole == resumed
+    step_sizes = [entry["step_size"] for entry in training_logs(alone)]
+    assert [entry["step_size"] for entry in whole] == pytest.approx(step_sizes, rel=1e-4)
