@@ -1,5 +1,6 @@
 """ALSALS: Adam with a line search instead of a learning rate, for PyTorch and the Hugging Face Trainer."""
 
+from .argument_parser import AlsalsArgumentParser
 from .line_search import ArmijoLineSearch
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALSALS",
     "PRESETS",
+    "AlsalsArgumentParser",
     "AlsalsArgumentsMixin",
     "AlsalsSeq2SeqTrainer",
     "AlsalsSeq2SeqTrainingArguments",

@@ -7,7 +7,6 @@ GPT-2, without data it takes the language reference that every Python has, witho
     python recipes/run_clm.py recipes/configs/gpt2-openwebtext.yaml --per_device_train_batch_size 16
 """
 
-import json
 import logging
 import math
 import os
@@ -21,7 +20,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -32,12 +30,11 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     GPT2Config,
-    HfArgumentParser,
     default_data_collator,
     set_seed,
 )
 
-from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals import AlsalsArgumentParser, AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.callbacks import StepSizeCallback
 from hf_alsals.trainer import last_whole_checkpoint
 
@@ -164,27 +161,6 @@ class ClmTrainingArguments(AlsalsTrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, ClmTrainingArguments]:
-    """Parse flags, or a yaml or json config whose values the flags after it override."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataTrainingArguments, ClmTrainingArguments),
-        usage="%(prog)s [config.yaml | config.json] [--flag value ...]",
-        description=__doc__.splitlines()[0],
-    )
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        with open(argv[0]) as file:
-            config = yaml.safe_load(file)  # json is yaml
-        flags = []
-        for name, value in config.items():
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
-        argv = flags + argv[1:]
-    try:
-        return parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def load_texts(data_args: DataTrainingArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict:
     """Load the text to train and to evaluate on, as splits `train` and `validation`."""
     if data_args.dataset_name is None and data_args.train_file is None and data_args.validation_file is None:
@@ -227,7 +203,10 @@ def load_texts(data_args: DataTrainingArguments, model_args: ModelArguments) -> 
 
 
 def main() -> None:
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    parser = AlsalsArgumentParser(
+        (ModelArguments, DataTrainingArguments, ClmTrainingArguments), description=__doc__.splitlines()[0]
+    )
+    model_args, data_args, training_args = parser.parse_args_and_config()
     if not training_args.do_train and not training_args.do_eval:
         training_args.do_train = training_args.do_eval = True
 

@@ -1,0 +1,55 @@
+"""The command line of the recipes: a config file, and flags that override it."""
+
+import json
+import sys
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class AlsalsArgumentParser(HfArgumentParser):
+    """[`~transformers.HfArgumentParser`] that reads a yaml or json config before the flags.
+
+    Args:
+        dataclass_types (`type` or `list[type]`): The dataclasses to fill.
+        kwargs: Passed on to `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, usage="%(prog)s [config.yaml | config.json] [--flag value ...]", **kwargs)
+
+    def parse_args_and_config(self, args: list[str] | None = None) -> tuple[Any, ...]:
+        """Parse flags, or a config file whose values the flags after it override.
+
+        A bad flag or value ends the program with one line that names it.
+
+        Args:
+            args (`list[str]`, *optional*): The command line, without the program; that of the process if left out.
+
+        Returns:
+            One instance of each dataclass.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        if args and args[0].endswith((".yaml", ".yml", ".json")):
+            args = self._flags_of(args[0]) + args[1:]
+        try:
+            return self.parse_args_into_dataclasses(args=args)
+        except ValueError as error:
+            self.error(str(error))
+
+    def _flags_of(self, path: str) -> list[str]:
+        try:
+            with open(path) as file:
+                config = yaml.safe_load(file)  # json is yaml
+        except (OSError, yaml.YAMLError) as error:
+            self.error(f"the config {path!r} cannot be read: {' '.join(str(error).split())}")
+        if not isinstance(config, dict):
+            self.error(f"the config {path!r} must hold names and values, got {config!r}")
+        flags = []
+        for name, value in config.items():
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, values)]
+        return flags
