@@ -18,14 +18,14 @@ class StepSizeCallback(TrainerCallback):
         """Draw the picture; the arguments are those of every Trainer callback."""
         from matplotlib.figure import Figure
 
-        logs = [entry for entry in state.log_history if "loss" in entry]
+        logs = [entry for entry in state.log_history if {"loss", "learning_rate"} <= set(entry)]
         if not state.is_world_process_zero or not logs:
             return
         evals = [entry for entry in state.log_history if "eval_loss" in entry]
         steps = [entry["step"] for entry in logs]
         figure = Figure(figsize=(7, 5.5), layout="constrained")
         loss_axes, step_size_axes = figure.subplots(2, 1, sharex=True)
-        loss_axes.plot(steps, [entry["loss"] for entry in logs], label="training loss")
+        loss_axes.plot(steps, [entry["loss"] for entry in logs], ".-", label="training loss")
         if evals:
             loss_axes.plot(
                 [entry["step"] for entry in evals],
@@ -34,13 +34,13 @@ class StepSizeCallback(TrainerCallback):
                 label="evaluation loss",
             )
         loss_axes.set_ylabel("loss")
-        if "step_size" in logs[-1]:
+        if all("step_size" in entry for entry in logs):
             step_sizes = [entry["step_size"] for entry in logs]
             taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
-            step_size_axes.plot(steps, step_sizes, label="step size (search)")
-            step_size_axes.plot(steps, taken, "--", label="step taken (times the schedule)")
+            step_size_axes.plot(steps, step_sizes, ".-", label="step size (search)")
+            step_size_axes.plot(steps, taken, ".--", label="step taken (times the schedule)")
         else:
-            step_size_axes.plot(steps, [entry["learning_rate"] for entry in logs], label="learning rate")
+            step_size_axes.plot(steps, [entry["learning_rate"] for entry in logs], ".-", label="learning rate")
         step_size_axes.set_yscale("log")
         step_size_axes.set_ylabel("step size")
         step_size_axes.set_xlabel("optimizer step")

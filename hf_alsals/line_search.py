@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 _STATE = (
@@ -31,7 +32,7 @@ def check_number(name: str, value: Any, valid: Callable[[float], bool], expected
         TypeError: If it is no number.
         ValueError: If it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}.")
     if not valid(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
@@ -41,7 +42,8 @@ class ArmijoLineSearch:
     """Backtracking line search on the smoothed Armijo condition `h(eta) >= c * eta * s` (ALSALS, arXiv 2403.18519).
 
     `s` is the moving average of the slope and `h` that of the loss decrease. A search probes the loss at the last
-    accepted step size times `growth_factor` and multiplies by `decrease_factor` until the condition holds.
+    accepted step size times `growth_factor` and multiplies by `decrease_factor` until the condition holds, or two
+    probes in a row show the loss at step size 0, to the bit: a still smaller step would not show either.
 
     Args:
         c (`float`, defaults to 0.3): Share of the predicted decrease that must be reached, in (0, 1).
@@ -53,8 +55,8 @@ class ArmijoLineSearch:
             searches the more often the more the step size moves, at least every 10 steps (SaLSA, arXiv 2407.20650).
 
     Attributes:
-        step_size (`float`): The last accepted step size; `initial_step_size` before the first search.
-        slope, decrease (`float`): Slope and loss decrease of the last search, unsmoothed; 0.0 before it.
+        step_size (`float`): The step size that the last search ended at; `initial_step_size` before the first.
+        slope, decrease (`float`): Slope and loss decrease of the last search, unsmoothed; 0.0 before the first.
         probes (`int`), searched (`bool`): Probes of the last optimizer step, and whether it searched at all.
         total_probes (`int`): Probes of all optimizer steps.
 
@@ -120,44 +122,46 @@ class ArmijoLineSearch:
             probe (`Callable[[float], float]`): Returns the loss at a step size. A non-finite loss rejects it.
 
         Returns:
-            `float`: The accepted step size. After `max_probes` rejections it is the smallest one tried, or 0.0 if the
-            loss is not finite even there.
+            `float`: The accepted step size. After `max_probes` rejections it is the smallest one tried, or 0.0 if not
+            even that lowers the loss.
         """
         smoothed_slope = self.smoothed_slope
         if math.isfinite(slope):
             smoothed_slope = self.beta3 * smoothed_slope + (1 - self.beta3) * slope
         c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
-        step_size, probes = self.trial_step_size, 0
+        step_size, probes, decrease = self.trial_step_size, 0, math.nan
         while True:
-            decrease = loss - probe(step_size)
+            last_decrease, decrease = decrease, loss - probe(step_size)
             probes += 1
             smoothed_decrease = self.beta3 * self.smoothed_decrease + (1 - self.beta3) * decrease
-            accepted = math.isfinite(decrease) and smoothed_decrease >= c * step_size * smoothed_slope
+            sufficient = smoothed_decrease >= c * step_size * smoothed_slope or decrease == last_decrease == 0
+            accepted = math.isfinite(decrease) and sufficient
             if accepted or probes == self.max_probes:
                 break
             step_size *= self.decrease_factor
 
         self.step_size = step_size
-        # A batch on which nothing is accepted must not cost all later ones their step size.
-        self.trial_step_size = (
-            step_size * self.growth_factor if accepted else self.trial_step_size * self.decrease_factor
-        )
+        if not accepted:  # costs the next search one decrease, not a hundred
+            self.trial_step_size *= self.decrease_factor
+        elif slope == 0:  # where any step size is accepted, there is no reason to grow
+            self.trial_step_size = step_size
+        else:
+            self.trial_step_size = step_size * self.growth_factor
         self.smoothed_slope = smoothed_slope
         self.slope, self.decrease, self.probes, self.searched = slope, decrease, probes, True
         self.total_probes += probes
         self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
         self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size
         self.steps_until_search = self._interval() - 1 if accepted else 0
-        if not math.isfinite(decrease):
-            return 0.0
-        self.smoothed_decrease = smoothed_decrease
-        return step_size
+        if math.isfinite(decrease):
+            self.smoothed_decrease = smoothed_decrease
+        return step_size if accepted or 0 < decrease < math.inf else 0.0
 
     def skip(self) -> float:
         """Pass an optimizer step that is not due for a search.
 
         Returns:
-            `float`: The last accepted step size, to be taken unsearched.
+            `float`: The step size of the last search, to be taken unsearched.
         """
         self.steps_until_search -= 1
         self.probes, self.searched = 0, False

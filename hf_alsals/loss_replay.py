@@ -86,7 +86,7 @@ class LossReplay:
 
     The forward passes see the random numbers (so the dropout masks) and buffers of training; afterwards the random
     number generators and the buffers are as they were. The loss is averaged over processes. Which buffers move is seen
-    in the first forward pass.
+    in the first forward pass, and again whenever a module is set to another mode.
 
     Args:
         model (`nn.Module`): The model as the training loop calls it, wrapped or not.
@@ -97,7 +97,8 @@ class LossReplay:
         self.model = model
         self.accelerator = accelerator
         self.micro_batches: list[MicroBatch] = []
-        self._moving: list[tuple[nn.Module, str]] | None = None
+        self._moving: list[tuple[nn.Module, str]] = []
+        self._modes: list[bool] = []
         self._complete = False
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -115,14 +116,16 @@ class LossReplay:
         if self._complete:
             self.micro_batches = []
         random_state = RandomState(self.model)
-        slots = self._moving
-        if slots is None:
+        modes = [module.training for module in self.model.modules()]
+        if modes == self._modes:
+            buffer_state = BufferState(self._moving)
+            output = function(*args, **kwargs)
+        else:
             modules = self.model.modules()
-            slots = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
-        buffer_state = BufferState(slots)
-        output = function(*args, **kwargs)
-        if self._moving is None:
-            self._moving = buffer_state.moved()
+            buffers = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
+            buffer_state = BufferState(buffers)
+            output = function(*args, **kwargs)
+            self._moving, self._modes = buffer_state.moved(), modes
         self.micro_batches.append(
             MicroBatch(
                 compute_loss=functools.partial(function, *args, **kwargs),
@@ -142,9 +145,13 @@ class LossReplay:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Return the loss of the recorded micro-batches at the present weights, a scalar."""
+        """Return the loss of the recorded micro-batches at the present weights, a scalar.
+
+        Raises:
+            RuntimeError: If there are none.
+        """
         random_state = RandomState(self.model)
-        buffer_state = BufferState(self._moving or [])
+        buffer_state = BufferState(self._moving)
         wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
         try:
             for wrapper in wrappers:
@@ -162,6 +169,8 @@ class LossReplay:
         return self._mean_over_processes(losses)
 
     def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
+        if not losses:
+            raise RuntimeError("LossReplay has no micro-batch to replay: compute the training loss with record().")
         return self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean")
 
 

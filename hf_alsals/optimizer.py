@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -51,12 +52,13 @@ class ALSALS(torch.optim.Optimizer):
         c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval: See [`ArmijoLineSearch`].
         slope (`str`, defaults to `"exact"`): How the slope is measured. `"exact"` is the inner product of gradient and
             direction; `"preconditioned"` leaves momentum out of that direction; `"finite_difference"` probes the loss
-            at the step size `sqrt(machine epsilon)`.
+            at the step size `sqrt(machine epsilon)` (of the coarsest dtype among the parameters).
 
     Attributes:
-        step_size (`float`): The last accepted step size.
+        step_size (`float`): The step size that the last search ended at.
         slope, decrease (`float`): Slope and loss decrease that the last search measured, in units of the loss.
-        probes (`int`), searched (`bool`): Probes of the last step, and whether it searched.
+        probes (`int`), searched (`bool`): Probes of the last step, without that of a finite difference, and whether it
+            searched.
         loss (`float`): The loss that the last step started from.
         skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
 
@@ -112,26 +114,15 @@ class ALSALS(torch.optim.Optimizer):
             ValueError: If a hyperparameter is out of its range, or the group sets one of the line search.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(name, group[name], lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (int, float)) for beta in betas):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
-        searched = {"c", "beta3", "growth_factor", "decrease_factor", "initial_step_size", "slope", "search_interval"}
-        if named := sorted(searched & set(group)):
-            raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
-        for param in group["params"]:
-            if param.is_complex():
-                raise TypeError(
-                    f"ALSALS takes real parameters, got one of {param.dtype} with shape {list(param.shape)}."
-                )
+        try:
+            _check_param_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     @property
     def step_size(self) -> float:
-        """The last accepted step size; before the first search the one it starts from."""
+        """The step size that the last search ended at; before the first the one that it starts from."""
         return self.line_search.step_size
 
     @property
@@ -141,7 +132,7 @@ class ALSALS(torch.optim.Optimizer):
 
     @property
     def decrease(self) -> float:
-        """The loss decrease at the step size that the last search accepted."""
+        """The loss decrease at the step size that the last search ended at."""
         return self.line_search.decrease
 
     @property
@@ -169,7 +160,15 @@ class ALSALS(torch.optim.Optimizer):
                 if left out.
             clip_coef (`Tensor` or `float`, defaults to 1.0): What gradient clipping multiplied the gradients by,
                 `min(1, max_norm / (total_norm + 1e-6))`. The slope is divided by it: it has to be that of the loss.
+
+        Raises:
+            TypeError: If the closure cannot be called, or `clip_coef` is not a number.
+            ValueError: If `clip_coef` is not positive.
         """
+        if not callable(closure):
+            raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
+        if not isinstance(clip_coef, Tensor):
+            check_number("clip_coef", clip_coef, lambda x: 0 < x < math.inf, "a positive number")
         self._handed_over = (closure, loss, clip_coef)
 
     @torch.no_grad()
@@ -178,7 +177,8 @@ class ALSALS(torch.optim.Optimizer):
     ) -> Tensor | float | None:
         """Take one step along Adam's direction, with the step size of the line search.
 
-        The gradients are in `.grad` already. If the closure raises, the parameters are where they were.
+        The gradients are in `.grad` already. If the closure raises, parameters and search are where they were; Adam's
+        moments have taken up the gradients by then.
 
         Args:
             closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
@@ -197,7 +197,10 @@ class ALSALS(torch.optim.Optimizer):
         """
         earlier_closure, earlier_loss, clip_coef = self._handed_over
         self._handed_over = (None, None, 1.0)  # never a second step on the same batch
-        if closure is None:
+        self.line_search.probes, self.line_search.searched = 0, False
+        if closure is not None:
+            clip_coef = 1.0
+        else:
             closure, loss = earlier_closure, earlier_loss if loss is None else loss
         if closure is None and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
@@ -239,7 +242,7 @@ class ALSALS(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
         for group in self.param_groups:
-            group.update(self.line_search.state_dict())
+            group.update({f"search_{name}": value for name, value in self.line_search.state_dict().items()})
             group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
         return super().state_dict()
 
@@ -250,12 +253,14 @@ class ALSALS(torch.optim.Optimizer):
             state_dict (`dict`): Another ALSALS optimizer's state, for the same parameters.
 
         Raises:
-            KeyError: If it has no search state: it is that of another optimizer.
-            ValueError: If its parameter groups do not match.
+            ValueError: If it is that of another optimizer, or its parameter groups do not match.
         """
+        group = state_dict["param_groups"][0]
+        search = {name: group.get(f"search_{name}") for name in self.line_search.state_dict()}
+        if None in search.values():
+            raise ValueError("state_dict must be that of an ALSALS optimizer, got one without numbers of a search.")
         super().load_state_dict(state_dict)
-        group = self.param_groups[0]
-        self.line_search.load_state_dict(group)
+        self.line_search.load_state_dict(search)
         self.skipped_steps, self.consecutive_skips = group["skipped_steps"], group["consecutive_skips"]
         # torch has cast the moments of bfloat16 and float16 parameters, which are float32, to the parameter's dtype.
         indices = [index for saved in state_dict["param_groups"] for index in saved["params"]]
@@ -314,11 +319,27 @@ class ALSALS(torch.optim.Optimizer):
             )
 
 
+def _check_param_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        check_number(name, group[name], lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, Real) for beta in betas):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
+    searched = {"c", "beta3", "growth_factor", "decrease_factor", "initial_step_size", "slope", "search_interval"}
+    if named := sorted(searched & set(group)):
+        raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
+    for param in group["params"]:
+        if param.is_complex():
+            raise TypeError(f"ALSALS takes real parameters, got one of {param.dtype}, of shape {list(param.shape)}.")
+
+
 def _to_float(loss: Tensor | float) -> float:
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
         return loss.item()
-    if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+    if isinstance(loss, bool) or not isinstance(loss, Real):
         raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")
     return float(loss)

@@ -32,10 +32,13 @@ class AlsalsTrainerMixin:
 
     alsals: ALSALS | None = None
     loss_replay: LossReplay | None = None
+    _logged_probes = (0, 0)
+    _is_probing = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS):
+        optimizer_cls, _ = self.optimizer_cls_and_kwargs or (None, None)
+        if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS) or optimizer_cls is ALSALS:
             self._refuse_what_is_not_supported()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -95,6 +98,9 @@ class AlsalsTrainerMixin:
 
         Returns:
             `Tensor`: The micro-batch's share of the training loss, without a graph.
+
+        Raises:
+            RuntimeError: If the Trainer's training step does not call `compute_loss` and `accelerator.backward` once.
         """
         if self.alsals is None:
             return super().training_step(model, inputs, *args, **kwargs)
@@ -102,23 +108,34 @@ class AlsalsTrainerMixin:
             self.loss_replay = LossReplay(model, self.accelerator)
             self._logged_probes = (self.state.global_step, self.alsals.line_search.total_probes)
 
-        compute_loss = self.compute_loss
+        compute_loss, backward = self.compute_loss, self.accelerator.backward
+        losses: list[Tensor] = []
+        divisors: list[int] = []
 
         def compute_and_record(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # compute_loss takes the labels out of the inputs it is given.
-            return self.loss_replay.record(lambda: compute_loss(model, copy.copy(inputs), *args, **kwargs))
+            output = self.loss_replay.record(lambda: compute_loss(model, copy.copy(inputs), *args, **kwargs))
+            losses.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        def backward_and_note(loss: Tensor, **kwargs: Any) -> None:
+            # The Trainer takes the loss of compute_loss as it is, or divided by the number of micro-batches.
+            as_it_is = not losses or loss is losses[-1]
+            divisors.append(1 if as_it_is else self.current_gradient_accumulation_steps)
+            backward(loss, **kwargs)
 
         # What compute_loss is called with is what a probe has to call it with, whoever overrides which of the two.
-        self.compute_loss = compute_and_record
+        self.compute_loss, self.accelerator.backward = compute_and_record, backward_and_note
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
-            self.compute_loss = compute_loss
-
-        # The Trainer returns the loss of compute_loss as it is, or divided by the number of micro-batches.
-        micro_batch = self.loss_replay.micro_batches[-1]
-        as_it_is = loss.data_ptr() == micro_batch.loss.data_ptr()
-        micro_batch.divisor = 1 if as_it_is else self.current_gradient_accumulation_steps
+            self.compute_loss, self.accelerator.backward = compute_loss, backward
+        if len(losses) != 1 or len(divisors) != 1:
+            raise RuntimeError(
+                f"The training_step of {type(self).__name__} must call self.compute_loss and self.accelerator.backward"
+                f" once, for a probe to repeat it; it called them {len(losses)} and {len(divisors)} times."
+            )
+        self.loss_replay.micro_batches[-1].divisor = divisors[0]
         if self.accelerator.sync_gradients:
             self._window_loss = self.loss_replay.loss
             self.alsals.set_closure(self._replay_loss, self._window_loss)
@@ -131,6 +148,8 @@ class AlsalsTrainerMixin:
             logs (`dict[str, float]`): The values to log.
             args, kwargs: Passed on to the Trainer.
         """
+        if self._is_probing:  # a compute_loss that logs has done so in training
+            return
         if self.alsals is not None and "learning_rate" in logs:
             step, probes = self.state.global_step, self.alsals.line_search.total_probes
             last_step, last_probes = self._logged_probes
@@ -145,12 +164,12 @@ class AlsalsTrainerMixin:
     def _replay_loss(self) -> Tensor:
         # TRL's trainers count tokens and collect metrics in compute_loss (TRL 1.16): a probe is no training.
         counters = {name: vars(self)[name] for name in ("_metrics", "_total_train_tokens") if name in vars(self)}
-        vars(self).update(copy.deepcopy(counters))
+        vars(self).update(copy.deepcopy(counters), _is_probing=True)
         try:
             with self.compute_loss_context_manager():
                 return self.loss_replay()
         finally:
-            vars(self).update(counters)
+            vars(self).update(counters, _is_probing=False)
 
     def _refuse_what_is_not_supported(self) -> None:
         fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)

@@ -92,8 +92,11 @@ class AlsalsArgumentsMixin:
         """Return the keyword arguments of [`ALSALS`] that these training arguments stand for.
 
         Raises:
-            ValueError: If `optim_args` cannot be read.
+            TypeError: If `optim_args` is not text.
+            ValueError: If it cannot be read.
         """
+        if not isinstance(self.optim_args, (str, type(None))):
+            raise TypeError(f'optim_args must be text like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
         options = {}
         for item in (self.optim_args or "").replace(" ", "").split(","):
             if not item:

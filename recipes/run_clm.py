@@ -21,6 +21,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from sklearn.metrics import accuracy_score
 from transformers import (
     CONFIG_MAPPING,
@@ -142,12 +143,17 @@ class DataTrainingArguments:
     def __post_init__(self) -> None:
         if self.dataset_name is not None and (self.train_file or self.validation_file):
             raise ValueError("dataset_name cannot be combined with train_file or validation_file.")
+        for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("block_size", 2)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name in ("train_file", "validation_file"):
             path = getattr(self, name)
             if path is not None and not path.endswith((".txt", ".csv", ".json", ".jsonl")):
                 raise ValueError(f"{name} must be a txt, csv or json file, got {path!r}.")
             if path is not None and not os.path.isfile(path):
                 raise ValueError(f"{name} must be a file, but there is none at {path!r}.")
+            if path is not None and os.path.getsize(path) == 0:
+                raise ValueError(f"{name} must hold text, but {path!r} is empty.")
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(
                 f"validation_split_percentage must be between 0 and 100, got {self.validation_split_percentage}."
@@ -156,9 +162,10 @@ class DataTrainingArguments:
 
 @dataclass
 class ClmTrainingArguments(AlsalsTrainingArguments):
-    """The Trainer's arguments, with a log entry every 10 steps."""
+    """The Trainer's arguments, with a log entry at the first and at every tenth step."""
 
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first optimizer step too."})
 
 
 def load_texts(data_args: DataTrainingArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict:
@@ -186,20 +193,25 @@ def load_texts(data_args: DataTrainingArguments, model_args: ModelArguments) -> 
         path = {"txt": "text", "jsonl": "json"}.get(extension := extensions.pop(), extension)
         if path == "text":
             arguments["keep_linebreaks"] = data_args.keep_linebreaks
-    texts = load_dataset(path, **arguments)
+    try:
+        texts = load_dataset(path, **arguments)
+    except (DatasetGenerationError, ValueError) as error:
+        source = " and ".join(arguments["data_files"].values()) if "data_files" in arguments else path
+        raise ValueError(f"{source} cannot be read as {path}: {error.__cause__ or error}") from error
     if "validation" in texts:
         return texts
-    percentage = data_args.validation_split_percentage
+    train, percentage = texts["train"], data_args.validation_split_percentage
     if data_args.streaming:
-        train = texts["train"]
         return IterableDatasetDict(
             {
                 "train": train.filter(lambda _, index: index % 100 >= percentage, with_indices=True),
                 "validation": train.filter(lambda _, index: index % 100 < percentage, with_indices=True),
             }
         )
-    splits = load_dataset(path, split=[f"train[{percentage}%:]", f"train[:{percentage}%]"], **arguments)
-    return DatasetDict(zip(("train", "validation"), splits))
+    held_out = max(1, len(train) * percentage // 100)
+    return DatasetDict(
+        {"train": train.select(range(held_out, len(train))), "validation": train.select(range(held_out))}
+    )
 
 
 def main() -> None:
@@ -207,7 +219,8 @@ def main() -> None:
         (ModelArguments, DataTrainingArguments, ClmTrainingArguments), description=__doc__.splitlines()[0]
     )
     model_args, data_args, training_args = parser.parse_args_and_config()
-    if not training_args.do_train and not training_args.do_eval:
+    # An eval_strategy sets do_eval by itself, and is nothing without training.
+    if not training_args.do_train and (not training_args.do_eval or training_args.eval_strategy != "no"):
         training_args.do_train = training_args.do_eval = True
 
     logging.basicConfig(
@@ -226,9 +239,12 @@ def main() -> None:
     )
     set_seed(training_args.seed)
 
-    texts = load_texts(data_args, model_args)
+    try:
+        texts = load_texts(data_args, model_args)
+    except ValueError as error:
+        parser.error(str(error))
 
-    # Tokenizer and model: by name or path, else bytes and a small GPT-2.
+    # Tokenizer and config: by name or path, else bytes and a small GPT-2.
     hub_kwargs = {
         "cache_dir": model_args.cache_dir,
         "revision": model_args.model_revision,
@@ -255,35 +271,26 @@ def main() -> None:
         if model_args.config_overrides is not None:
             config.update_from_string(model_args.config_overrides)
 
-    if model_args.model_name_or_path is not None:
-        dtype = model_args.torch_dtype
-        model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path,
-            config=config,
-            dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
-            **hub_kwargs,
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
-        logger.info(f"Training a new {config.model_type} with {model.num_parameters() / 1e6:.2f}M parameters")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-
     # Preprocessing: tokenize, then concatenate and cut into blocks.
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
     block_size = data_args.block_size or int(min(longest, 1024))
     if block_size > longest:
-        raise ValueError(f"block_size must be at most {longest}, what model and tokenizer take, got {block_size}.")
+        parser.error(f"block_size must be at most {longest}, what model and tokenizer take, got {block_size}.")
     split = "train" if "train" in texts else "validation"
-    column_names = texts[split].column_names or list(next(iter(texts[split])))
+    example = next(iter(texts[split]), None)
+    if example is None:
+        parser.error(f"the {split} text must hold at least one line or row, but it is empty.")
+    column_names = list(example)
     text_column = "text" if "text" in column_names else column_names[0]
+    if not isinstance(example[text_column], (str, type(None))):
+        parser.error(f"the data must have a column of text named text, got {', '.join(column_names)}.")
+    logger.info(f"Taking the text from the column {text_column!r}")
     lines = (data_args.train_file or data_args.validation_file or "").endswith(".txt")
 
     def tokenize(examples: dict[str, list]) -> dict[str, list]:
         # The lines of a txt file are one text: no special tokens between them.
-        return {
-            "input_ids": tokenizer(examples[text_column], add_special_tokens=not lines, verbose=False)["input_ids"]
-        }
+        texts = [text or "" for text in examples[text_column]]
+        return {"input_ids": tokenizer(texts, add_special_tokens=not lines, verbose=False)["input_ids"]}
 
     def group_texts(examples: dict[str, list]) -> dict[str, list]:
         ids = list(chain(*examples["input_ids"]))
@@ -302,18 +309,30 @@ def main() -> None:
 
     def take(split: str, most: int | None) -> Any:
         if split not in blocks:
-            raise ValueError(f"There is no {split} split: name a {split}_file or another data set.")
+            parser.error(f"there is no {split} text: name a {split}_file or another data set.")
         chosen = blocks[split]
         if data_args.streaming:
             return chosen if most is None else chosen.take(most)
         if len(chosen) == 0:
-            raise ValueError(
-                f"The {split} text has fewer than block_size = {block_size} tokens: use a smaller block_size."
-            )
+            parser.error(f"the {split} text has fewer than block_size = {block_size} tokens: take a smaller one.")
         return chosen if most is None else chosen.select(range(min(most, len(chosen))))
 
     train_dataset = take("train", data_args.max_train_samples) if training_args.do_train else None
     eval_dataset = take("validation", data_args.max_eval_samples) if training_args.do_eval else None
+
+    if model_args.model_name_or_path is not None:
+        dtype = model_args.torch_dtype
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            dtype=dtype if dtype in ("auto", None) else getattr(torch, dtype),
+            **hub_kwargs,
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        logger.info(f"Training a new {config.model_type} with {model.num_parameters() / 1e6:.2f}M parameters")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
 
     def predictions(logits: Any, labels: torch.Tensor) -> torch.Tensor:
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
@@ -359,17 +378,21 @@ def main() -> None:
         card["dataset_tags"] = data_args.dataset_name
         card["dataset_args"] = data_args.dataset_config_name
         card["dataset"] = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
-    elif data_args.train_file is None:
+    elif data_args.train_file is None and data_args.validation_file is None:
         card["dataset"] = "Python's language reference"
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
 
+    # On every process: under FSDP each holds a shard of the model.
+    prompt = tokenizer("The ", add_special_tokens=False, return_tensors="pt")["input_ids"].to(training_args.device)
+    prompt = prompt[:, : int(min(longest - 1, prompt.shape[1]))]
+    length = int(min(longest, prompt.shape[1] + 120))
+    sample = trainer.model.eval().generate(
+        prompt, max_length=length, do_sample=True, top_k=40, synced_gpus=training_args.world_size > 1
+    )
     if trainer.is_world_process_zero():
-        prompt = tokenizer("The ", add_special_tokens=False, return_tensors="pt").to(model.device)
-        length = int(min(longest, prompt["input_ids"].shape[1] + 120))
-        sample = model.eval().generate(**prompt, max_length=length, do_sample=True, top_k=40)
         logger.info(f"A sample: {tokenizer.decode(sample[0], skip_special_tokens=True)!r}")
         logger.info(f"Wrote {', '.join(sorted(os.listdir(training_args.output_dir)))} to {training_args.output_dir}")
 

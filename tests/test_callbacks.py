@@ -28,5 +28,17 @@ def test_the_picture_shows_more_with_more_in_the_logs(logs, tmp_path):
     assert (more < 0.99).any(axis=-1).sum() > (few < 0.99).any(axis=-1).sum() > 0
 
 
+@pytest.mark.parametrize("logs", [ALSALS_LOGS, ADAMW_LOGS], ids=["alsals", "adamw"])
+def test_a_single_log_entry_shows(logs, tmp_path):
+    (tmp_path / "other").mkdir()
+    one, other = (imread(draw([entry], tmp_path / name)) for entry, name in ((logs[0], ""), (logs[1], "other")))
+    blue = [(abs(picture[..., :3] - (0.12, 0.47, 0.71)) < 0.05).all(axis=-1).sum() for picture in (one, other)]
+    assert min(blue) > 100  # the lines in the legends have 69
+
+
+def test_an_entry_that_is_not_the_trainers_own_is_left_out(tmp_path):
+    assert draw([*ALSALS_LOGS, {"step": 6, "loss": 1.0}], tmp_path).exists()
+
+
 def test_nothing_is_drawn_without_a_training_log(tmp_path):
     assert not draw(EVAL_LOGS, tmp_path).exists()

@@ -133,13 +133,27 @@ def test_non_finite_probe_is_rejected(value, slope):
     assert search.smoothed_decrease == pytest.approx(0.01)
 
 
-def test_smallest_step_size_is_taken_when_no_finite_probe_is_accepted():
+@pytest.mark.parametrize(("loss_at", "taken"), [(lambda eta: -0.01 * eta, True), (lambda eta: 1.0, False)])
+def test_after_too_many_rejections_the_smallest_step_size_is_taken_if_it_lowers_the_loss(loss_at, taken):
     search = ArmijoLineSearch(beta3=0.0, growth_factor=1.5, decrease_factor=0.9, initial_step_size=0.2)
-    probe, tried = recorder(lambda step_size: 1.0)
+    probe, tried = recorder(loss_at)
     step_size = search.search(0.0, 1.0, probe)
     assert len(tried) == search.probes == search.total_probes == ArmijoLineSearch.max_probes
-    assert step_size == tried[-1] == min(tried) == pytest.approx(0.2 * 0.9**99, rel=1e-12)
-    assert search.smoothed_decrease == -1.0
+    assert tried[-1] == min(tried) == pytest.approx(0.2 * 0.9**99, rel=1e-12)
+    assert step_size == (tried[-1] if taken else 0.0)
+    assert search.smoothed_decrease == search.decrease == -loss_at(tried[-1])
+
+
+def test_a_search_ends_where_smaller_steps_no_longer_show_in_the_loss():
+    search = ArmijoLineSearch(beta3=0.0, growth_factor=2.0, decrease_factor=0.5, initial_step_size=1.0)
+    step_size = search.search(1.0, 1.0, lambda eta: 2.0 if eta > 0.2 else 1.0)
+    assert (step_size, search.probes, search.trial_step_size) == (0.0625, 5, 0.125)
+
+
+def test_a_slope_of_zero_is_no_reason_to_grow():
+    search = ArmijoLineSearch(growth_factor=2.0)
+    for _ in range(5):
+        assert search.search(1.0, 0.0, lambda eta: 1.0) == 0.1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -90,6 +90,23 @@ def test_a_record_holds_the_micro_batches_of_one_optimizer_step(model):
         assert len(replay.micro_batches) == 2 - step % 2
 
 
+def test_buffers_that_begin_to_move_later_are_left_alone_too(model):
+    accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
+    replay = LossReplay(model, accelerator)
+    for training in (False, True):
+        model.layers[1].train(training)
+        with accelerator.accumulate(model):
+            replay.record(model, torch.randn(8, 4))
+    before = model.layers[1].running_mean.clone()
+    assert replay() == replay.loss
+    assert torch.equal(model.layers[1].running_mean, before)
+
+
+def test_without_a_record_there_is_nothing_to_replay(model):
+    with pytest.raises(RuntimeError, match=r"no micro-batch to replay.*record\(\)"):
+        LossReplay(model, Accelerator(cpu=True))()
+
+
 def test_no_graph_is_built(model):
     replay = LossReplay(model, Accelerator(cpu=True))
     replay.record(model, torch.randn(8, 4))

@@ -396,10 +396,14 @@ def test_parameter_that_gets_its_first_gradient_later_has_its_own_bias_correctio
     histories = {early: [], late: []}
     for k in range(8):
         optimizer.zero_grad()
-        loss = (early**4).sum() + ((late**4).sum() if k >= 4 else 0)
+
+        def closure(k=k):
+            return (early**4).sum() + ((late**4).sum() if k >= 4 else 0)
+
+        loss = closure()
         loss.backward()
         before = {p: p.detach().clone() for p in histories}
-        optimizer.step(lambda: (early**4).sum() + (late**4).sum(), loss)
+        optimizer.step(closure, loss)
         for p, history in histories.items():
             if p.grad is None:
                 assert_identical(p.detach(), before[p])
@@ -793,9 +797,59 @@ def test_closure_that_cannot_be_called_raises(closure):
     optimizer = ALSALS([single([1.0])])
     with pytest.raises(TypeError, match=f"closure must be a function.* {type(closure).__name__}"):
         optimizer.step(closure)
-    optimizer.set_closure(closure)
     with pytest.raises(TypeError, match="closure must be a function"):
-        optimizer.step()
+        optimizer.set_closure(closure)
+
+
+@pytest.mark.parametrize(("clip_coef", "error"), [(0.0, ValueError), (-1.0, ValueError), ("half", TypeError)])
+def test_a_clip_coef_that_clips_nothing_is_named(clip_coef, error):
+    with pytest.raises(error, match=f"clip_coef must be a positive number, got {clip_coef!r}"):
+        ALSALS([single([1.0])]).set_closure(lambda: 1.0, 1.0, clip_coef)
+
+
+def test_a_handed_over_clip_coef_is_not_that_of_a_closure_passed_later():
+    w = single([2.0])
+    optimizer = ALSALS([w])
+    loss = (w**2).sum()
+    loss.backward()
+    optimizer.set_closure(lambda: (w**2).sum(), None, 0.01)
+    optimizer.step(lambda: (w**2).sum(), loss)
+    assert optimizer.slope == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_long_stretch_of_zero_gradients_leaves_the_step_size_alone(name):
+    w = single([3.0, -2.0])
+    optimizer = ALSALS([w], **PRESETS[name])
+    for _ in range(2000):
+        w.grad = torch.zeros_like(w)
+        optimizer.step(lambda: 0.0, 0.0)
+    assert optimizer.step_size == 0.1
+    train(None, optimizer, range(100), lambda net, k: (w**2).sum())
+    assert (w**2).sum() < 10.0  # from 13
+
+
+def test_a_refused_parameter_group_is_not_added():
+    optimizer = ALSALS([single([1.0])])
+    with pytest.raises(ValueError, match="eps"):
+        optimizer.add_param_group({"params": [single([2.0])], "eps": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_optimizer_can_be_built_from_the_groups_of_another():
+    w = single([1.0])
+    optimizer = ALSALS([w], lr=0.5)
+    optimizer.state_dict()
+    assert ALSALS(optimizer.param_groups).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_too_small_to_show_in_half_precision_do_not_end_the_search(dtype):
+    net = make_net(dtype)
+    optimizer = ALSALS(net.parameters(), **PRESETS["adam_sls"])
+    train(net, optimizer, range(400))
+    assert optimizer.step_size > 1e-6
+    assert optimizer.line_search.total_probes < 4000
 
 
 @pytest.mark.parametrize("loss_given", [False, True])
@@ -884,7 +938,7 @@ def test_loading_the_state_of_another_optimizer_raises():
     w.grad = torch.ones_like(w)
     adamw = torch.optim.AdamW([w])
     adamw.step()
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="state_dict must be that of an ALSALS optimizer"):
         ALSALS([w]).load_state_dict(adamw.state_dict())
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -19,6 +20,20 @@ def test_the_loops_of_the_readme_learn_what_they_are_taught(heading, capsys):
     loss, step_size = map(float, capsys.readouterr().out.split())
     assert loss < 0.4  # the targets' variance is 1
     assert 1e-5 < step_size < 0.1
+
+
+def test_the_results_are_those_of_the_committed_json():
+    path = Path(__file__).parent.parent / "recipes" / "benchmarks" / "gpt2-embedded.json"
+    losses = {}
+    for run in json.loads(path.read_text()):
+        losses.setdefault(run["optimizer"], []).append(f"{run['eval_loss']:.3f}")
+    table = README.split("\n## Results\n")[1].split("\n## ")[0]
+    for name, values in losses.items():
+        row = name.split()[-1] if name.startswith("adamw_torch") else f"`{name}`"
+        rows = [
+            line for line in table.splitlines() if f"| {row} |" in line or (row == "default" and "default" in line)
+        ]
+        assert len(rows) == 1 and rows[0].endswith(f"| {', '.join(values)} |"), (name, rows)
 
 
 def test_the_option_table_names_every_option_and_its_default():

@@ -55,7 +55,7 @@ def test_the_command_of_the_readme_trains_evaluates_and_writes_what_the_hf_scrip
     )
     assert done.returncode == 0, done.stderr
     assert "A sample: 'The " in done.stdout
-    assert "step_size" in done.stdout + done.stderr
+    assert "'step_size': " in done.stdout + done.stderr
     expected = {"all_results.json", "trainer_state.json", "model.safetensors", "README.md", "step_size.png"}
     assert expected <= {path.name for path in output.iterdir()}
     assert results(output)["eval_loss"] < math.log(259) - 1
@@ -96,7 +96,9 @@ def test_a_config_is_read_and_flags_after_it_override_it(suffix, tmp_path, monke
     path = tmp_path / f"config.{suffix}"
     path.write_text(yaml.safe_dump(config) if suffix == "yaml" else json.dumps(config))
     run(monkeypatch, path, "--max_steps", "3")
-    assert results(tmp_path / "out")["epoch"] > 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert state["log_history"][0]["lr_multiplier"] == 0.5
 
 
 def test_the_shipped_config_is_valid(tmp_path):
@@ -139,7 +141,7 @@ def test_a_saved_model_is_trained_on_and_evaluated(tmp_path, monkeypatch, text_f
     run(monkeypatch, *model, "--do_eval", "--output_dir", second)
     assert results(second)["eval_loss"] == pytest.approx(results(first)["eval_loss"])
     assert "train_loss" not in results(second)
-    run(monkeypatch, "--optim", "alsals", *model, "--torch_dtype", "float32", "--max_steps", 20, "--output_dir", third)
+    run(monkeypatch, "--optim", "alsals", *model, "--torch_dtype", "float32", "--max_steps", 60, "--output_dir", third)
     assert results(third)["eval_loss"] < results(first)["eval_loss"]
 
 
@@ -161,6 +163,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, t
         (["--train_file", "text.pdf"], "train_file must be a txt, csv or json file, got 'text.pdf'."),
         (["--validation_split_percentage", "100"], "validation_split_percentage must be between 0 and 100, got 100."),
         (["--model_type", "gpt5000"], "got 'gpt5000'."),
+        (["--block_size", "1"], "block_size must be at least 2, got 1."),
+        (["--max_train_samples", "0"], "max_train_samples must be at least 1, got 0."),
         (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3.0."),
         (["--optim", "alsal"], "invalid choice: 'alsal'"),
         (["--lerning_rate", "1"], "--lerning_rate"),
@@ -173,9 +177,52 @@ def test_a_bad_flag_is_named_in_the_last_line(flags, message, capsys, tmp_path, 
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_block_size_beyond_the_model_is_refused_before_training(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"block_size must be at most 64.*got 128"):
+def test_a_block_size_beyond_the_model_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
         run(monkeypatch, "--block_size", 128, "--config_overrides", "n_positions=64", "--output_dir", tmp_path)
+    assert "block_size must be at most 64" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("short.txt", b"two\nlines\n", "fewer than block_size = 64 tokens"),
+        ("latin.txt", b"caf\xe9\n" * 100, "cannot be read as text"),
+        ("numbers.csv", b"a,b\n1,2\n3,4\n", "must have a column of text named text, got a, b"),
+        ("empty.jsonl", b"\n", "jsonl"),
+    ],
+)
+def test_a_file_that_holds_no_text_is_named_before_training(name, content, message, tmp_path, monkeypatch, capsys):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--optim", "alsals", "--train_file", path, *TINY, "--output_dir", tmp_path / "out")
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_empty_cell_is_no_text(tmp_path, monkeypatch):
+    path = tmp_path / "text.csv"
+    text = topics["strings"].replace('"', "'")
+    path.write_text(f'id,text\n1,"{text}"\n2,\n3,"{text}"\n')
+    flags = ["--optim", "alsals", "--train_file", path, *TINY, "--max_steps", 2]
+    run(monkeypatch, *flags, "--output_dir", tmp_path / "out")
+    assert results(tmp_path / "out")["eval_loss"] > 0
+
+
+def test_an_eval_strategy_alone_trains_too(tmp_path, monkeypatch, text_file):
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--eval_strategy", "steps", "--eval_steps", 2]
+    run(monkeypatch, *flags, "--max_steps", 4, "--output_dir", tmp_path / "out")
+    assert results(tmp_path / "out")["train_loss"] > 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4]
+
+
+def test_the_shortest_blocks_train_and_speak(tmp_path, monkeypatch, text_file):
+    flags = ["--optim", "alsals", "--train_file", text_file, "--config_overrides", "n_layer=1,n_embd=16,n_head=2"]
+    run(monkeypatch, *flags, "--block_size", 2, "--max_steps", 2, "--use_cpu", "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "step_size.png").exists()
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path, monkeypatch, text_file):

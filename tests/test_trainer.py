@@ -251,6 +251,55 @@ def test_a_users_own_compute_loss_is_replayed_whichever_way_it_is_combined(cls, 
     assert training_logs(trainer)[-1]["loss"] < training_logs(trainer)[0]["loss"]
 
 
+class Copying(AlsalsTrainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs).clone()
+
+
+class Before(Trainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs).clone()
+
+
+class Mixed(AlsalsTrainerMixin, Before):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Copying, Mixed])
+def test_an_overridden_training_step_changes_nothing(cls, tmp_path):
+    trained = []
+    for each in (AlsalsTrainer, cls):
+        trainer = each(gpt2(), arguments(tmp_path, gradient_accumulation_steps=4), train_dataset=Sequences())
+        trainer.train()
+        trained.append(training_logs(trainer))
+    assert trained[0] == trained[1]
+
+
+def test_a_training_step_that_cannot_be_repeated_is_refused(tmp_path):
+    class Own(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Ours(AlsalsTrainerMixin, Own):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"training_step of Ours must call self.compute_loss.*0 and 1 times"):
+        Ours(gpt2(), arguments(tmp_path), train_dataset=Sequences()).train()
+
+
+def test_what_compute_loss_logs_is_logged_once(tmp_path):
+    class Logging(AlsalsTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.log({"seen": 1.0})
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Logging(gpt2(), arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=Sequences())
+    trainer.train()
+    assert sum("seen" in entry for entry in trainer.state.log_history) == 12
+
+
 def test_the_seq2seq_trainer_trains_and_generates(tmp_path):
     torch.manual_seed(0)
     config = T5Config(

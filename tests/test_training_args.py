@@ -109,6 +109,11 @@ def test_a_bad_optim_arg_is_named_before_training(optim_args, message, tmp_path)
         AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args=optim_args)
 
 
+def test_optim_args_that_are_not_text_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="optim_args must be text"):
+        AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args={"c": 0.5})
+
+
 def test_an_unknown_optimizer_is_named_with_what_there_is(tmp_path):
     with pytest.raises(ValueError, match=r"optim must be one of alsals, alsals_paper, salsa, adam_sls or .*'alsal'"):
         AlsalsTrainingArguments(str(tmp_path), optim="alsal")
