@@ -1,13 +1,13 @@
 """ALSALS: Adam with a line search instead of a learning rate, for PyTorch and the Hugging Face Trainer."""
 
+__version__ = "0.1.0"
+
 from .argument_parser import AlsalsArgumentParser
 from .line_search import ArmijoLineSearch
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
 from .trainer import AlsalsSeq2SeqTrainer, AlsalsTrainer, AlsalsTrainerMixin
 from .training_args import AlsalsArgumentsMixin, AlsalsSeq2SeqTrainingArguments, AlsalsTrainingArguments
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ALSALS",

@@ -1,6 +1,7 @@
 """Adam whose step size a line search picks (ALSALS, arXiv 2403.18519)."""
 
 import math
+import time
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class ALSALS(torch.optim.Optimizer):
         probes (`int`), searched (`bool`): Probes of the last step, without that of a finite difference, and whether it
             searched.
         loss (`float`): The loss that the last step started from.
+        search_seconds (`float`): Time spent in searches since the optimizer was made.
         skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
 
     Raises:
@@ -97,6 +99,7 @@ class ALSALS(torch.optim.Optimizer):
             search_interval=search_interval,
         )
         self.loss = math.nan
+        self.search_seconds = 0.0
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self._handed_over: tuple[Any, Any, Any] = (None, None, 1.0)
@@ -271,7 +274,7 @@ class ALSALS(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("line_search", "slope_method", "loss", "skipped_steps", "consecutive_skips")
+        own = ("line_search", "slope_method", "loss", "search_seconds", "skipped_steps", "consecutive_skips")
         return (
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
@@ -294,6 +297,7 @@ class ALSALS(torch.optim.Optimizer):
                 direction.move(step_size)
             return _to_float(closure())
 
+        begin = time.perf_counter()
         for direction in directions:
             direction.remember()
         try:
@@ -308,6 +312,7 @@ class ALSALS(torch.optim.Optimizer):
         finally:
             for direction in directions:
                 direction.restore()
+            self.search_seconds += time.perf_counter() - begin
 
     def _skip(self) -> None:
         self.skipped_steps += 1

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_sagemaker_mp_enabled
 
 from .loss_replay import LossReplay
+from .model_card import add_search_to_card
 from .optimizer import ALSALS, PRESETS
 
 
@@ -160,6 +161,22 @@ class AlsalsTrainerMixin:
             logs["decrease"] = self.alsals.decrease
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, finetuned_from: str | None = None, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with a section on the step size.
+
+        Args:
+            finetuned_from (`str`, *optional*): The model's name on the Hub; a local path is left out of the card.
+            args, kwargs: Passed on to the Trainer.
+        """
+        if finetuned_from is not None and os.path.exists(finetuned_from):
+            finetuned_from = None
+        super().create_model_card(*args, finetuned_from=finetuned_from, **kwargs)
+        if self.alsals is not None and self.is_world_process_zero():
+            seconds = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+            path = os.path.join(self.args.output_dir, "README.md")
+            steps = self.state.global_step
+            add_search_to_card(path, self.args.optim, self.alsals, steps, seconds[-1] if seconds else None)
 
     def _replay_loss(self) -> Tensor:
         # TRL's trainers count tokens and collect metrics in compute_loss (TRL 1.16): a probe is no training.

@@ -1,0 +1,52 @@
+"""What a model card says of a run with a line search."""
+
+import os
+
+import torch
+import transformers
+from huggingface_hub import ModelCard
+
+from . import __version__
+from .optimizer import ALSALS, PRESETS
+
+# What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere.
+_FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
+
+
+def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_seconds: float | None) -> None:
+    """Add the tag `alsals` and a section on the step size to the model card that the Trainer wrote.
+
+    Args:
+        path (`str`): The card, a README.md. The picture of [`StepSizeCallback`] is shown if it lies beside it.
+        optim (`str`): The `--optim` of the run.
+        alsals (`ALSALS`): The optimizer after training.
+        steps (`int`): Optimizer steps of the run.
+        train_seconds (`float`, *optional*): Duration of the training, for the share of the search in it.
+    """
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), "alsals"})
+    search = alsals.line_search
+    numbers = ("c", "beta3", "growth_factor", "decrease_factor", "initial_step_size")
+    options = [f"{name} {getattr(search, name):.6g}" for name in numbers]
+    options += [f"slope {alsals.slope_method}", f"search_interval {search.search_interval}"]
+    rows = {
+        "optimizer": f"`{optim}`" if optim in PRESETS else "ALSALS",
+        "options": ", ".join(options),
+        "last step size": f"{search.step_size:.4g}",
+        "probes per step": f"{search.total_probes / max(steps, 1):.2f}",
+        "steps skipped (loss or gradient not finite)": str(alsals.skipped_steps),
+        "versions": f"hf_alsals {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+    }
+    if train_seconds:
+        rows["share of the time in the search"] = f"{alsals.search_seconds / train_seconds:.0%}"
+    lines = [
+        "## Step size",
+        "No learning rate was chosen: a line search along Adam's direction found the step size "
+        "(ALSALS, [arXiv 2403.18519](https://arxiv.org/abs/2403.18519)).",
+        "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    if os.path.exists(os.path.join(os.path.dirname(path), "step_size.png")):
+        lines.append("![Loss and step size over the optimizer steps](step_size.png)")
+    card.text = card.text.replace(_FROM_NOWHERE, "This model was trained from scratch").rstrip("\n")
+    card.text += "\n\n" + "\n\n".join(lines) + "\n"
+    card.save(path)

@@ -1,0 +1,51 @@
+import socket
+
+import pytest
+from huggingface_hub import ModelCard
+from test_trainer import Sequences, arguments, gpt2
+from transformers import TrainingArguments
+
+from hf_alsals import AlsalsTrainer
+from hf_alsals.callbacks import StepSizeCallback
+
+
+@pytest.fixture
+def trained(tmp_path):
+    args = arguments(tmp_path / "model", optim="salsa", optim_args="c=0.4", hub_token="hf_secret")
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), callbacks=[StepSizeCallback()])
+    trainer.train()
+    return trainer
+
+
+def test_the_card_says_how_the_step_size_was_found(trained, tmp_path):
+    trained.create_model_card(tasks="text-generation", tags="tiny")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert {"alsals", "tiny"} <= set(card.data.tags)
+    search = trained.alsals.line_search
+    for row in (
+        "| optimizer | `salsa` |",
+        "c 0.4, beta3 0.99, growth_factor 1.1, decrease_factor 0.8, initial_step_size 0.1, slope preconditioned, "
+        "search_interval adaptive",
+        f"| last step size | {search.step_size:.4g} |",
+        f"| probes per step | {search.total_probes / 6:.2f} |",
+        "![Loss and step size over the optimizer steps](step_size.png)",
+        "This model was trained from scratch",
+    ):
+        assert row in card.text
+    share = card.text.split("| share of the time in the search | ")[1].split("%")[0]
+    assert 0 <= int(share) < 100
+
+
+def test_no_secret_and_no_path_gets_into_a_card(trained, tmp_path):
+    trained.create_model_card(finetuned_from=str(tmp_path))
+    text = (tmp_path / "model" / "README.md").read_text()
+    for secret in (str(tmp_path), "hf_secret", socket.gethostname()):
+        assert secret not in text
+
+
+def test_the_card_of_another_optimizer_is_the_trainers_own(tmp_path):
+    args = arguments(tmp_path, TrainingArguments, optim="adamw_torch")
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    trainer.train()
+    trainer.create_model_card()
+    assert "Step size" not in (tmp_path / "README.md").read_text()
