@@ -205,7 +205,7 @@ class ALSALS(torch.optim.Optimizer):
             clip_coef = 1.0
         else:
             closure, loss = earlier_closure, earlier_loss if loss is None else loss
-        if closure is None and all(group["lr"] == 0 for group in self.param_groups):
+        if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
             self._directions()
             return None

@@ -379,7 +379,7 @@ def main() -> None:
         card["dataset_args"] = data_args.dataset_config_name
         card["dataset"] = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
     elif data_args.train_file is None and data_args.validation_file is None:
-        card["dataset"] = "Python's language reference"
+        card["dataset"] = "Python language reference"
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
