@@ -25,15 +25,19 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._cpu = torch.get_rng_state()
-        self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+        # torch.mps has one generator and takes no device.
+        self._devices = {device: () if device.type == "mps" else (device,) for device in devices}
+        self._states = {
+            device: torch.get_device_module(device).get_rng_state(*index) for device, index in self._devices.items()
+        }
 
     def restore(self) -> None:
         """Set every generator back to this state."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
-        for device, state in self._devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+        for device, index in self._devices.items():
+            torch.get_device_module(device).set_rng_state(self._states[device], *index)
 
 
 class BufferState:
