@@ -50,6 +50,7 @@ class AlsalsArgumentParser(HfArgumentParser):
         for name, value in config.items():
             if value is None:
                 continue
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            values = value if isinstance(value, list) else [value]
+            values = [json.dumps(item) if isinstance(item, (dict, bool)) else item for item in values]
             flags += [f"--{name}", *map(str, values)]
         return flags

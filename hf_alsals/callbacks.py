@@ -38,7 +38,7 @@ class StepSizeCallback(TrainerCallback):
             step_sizes = [entry["step_size"] for entry in logs]
             taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
             step_size_axes.plot(steps, step_sizes, ".-", label="step size (search)")
-            step_size_axes.plot(steps, taken, ".--", label="step taken (times the schedule)")
+            step_size_axes.plot(steps, taken, ".--", label="times the schedule")
         else:
             step_size_axes.plot(steps, [entry["learning_rate"] for entry in logs], ".-", label="learning rate")
         step_size_axes.set_yscale("log")

@@ -182,6 +182,8 @@ class ArmijoLineSearch:
         """
         for name in _STATE:
             setattr(self, name, state_dict[name])
+        if self.search_interval != "adaptive":
+            self.steps_until_search = min(self.steps_until_search, self.search_interval - 1)
 
     def _interval(self) -> int:
         if self.search_interval != "adaptive":

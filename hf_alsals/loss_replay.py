@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -18,10 +19,12 @@ class RandomState:
 
     Args:
         model (`nn.Module`): The model whose devices count.
+        device (`torch.device`): The device of the training loop, which counts too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        devices = {p.device for p in model.parameters()} | {device}
+        devices = {device for device in devices if device.type not in ("cpu", "meta")}
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         self._cpu = torch.get_rng_state()
@@ -119,28 +122,43 @@ class LossReplay:
         """
         if self._complete:
             self.micro_batches = []
-        random_state = RandomState(self.model)
+        random_state = RandomState(self.model, self.accelerator.device)
         modes = [module.training for module in self.model.modules()]
-        if modes == self._modes:
-            buffer_state = BufferState(self._moving)
-            output = function(*args, **kwargs)
-        else:
+        slots = self._moving
+        if modes != self._modes:
             modules = self.model.modules()
-            buffers = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
-            buffer_state = BufferState(buffers)
+            slots = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
+        buffer_states = [BufferState(slots)]
+
+        def capture(*_: Any) -> None:
+            buffer_states.append(BufferState(slots))
+
+        # DDP's forward begins by setting the buffers to those of the first process.
+        wrapped = [module.module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
+        hooks = [module.register_forward_pre_hook(capture) for module in wrapped]
+        try:
             output = function(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        buffer_state = buffer_states[min(1, len(buffer_states) - 1)]
+        if modes != self._modes:
             self._moving, self._modes = buffer_state.moved(), modes
         self.micro_batches.append(
             MicroBatch(
                 compute_loss=functools.partial(function, *args, **kwargs),
                 random_state=random_state,
                 buffer_state=buffer_state,
-                loss=_loss_of(output).detach(),
+                loss=_loss_of(output).detach().clone(),
                 divisor=self.accelerator.gradient_accumulation_steps,
             )
         )
         self._complete = self.accelerator.sync_gradients
         return output
+
+    def clear(self) -> None:
+        """Forget the micro-batches, as after a forward or backward pass that has failed."""
+        self.micro_batches = []
 
     @property
     def loss(self) -> Tensor:
@@ -154,9 +172,10 @@ class LossReplay:
         Raises:
             RuntimeError: If there are none.
         """
-        random_state = RandomState(self.model)
+        random_state = RandomState(self.model, self.accelerator.device)
         buffer_state = BufferState(self._moving)
         wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
+        self._reshard()
         try:
             for wrapper in wrappers:
                 wrapper.require_forward_param_sync = False  # buffers are no business of a probe
@@ -170,7 +189,14 @@ class LossReplay:
             buffer_state.restore()
             for wrapper in wrappers:
                 wrapper.require_forward_param_sync = True
+            self._reshard()
         return self._mean_over_processes(losses)
+
+    def _reshard(self) -> None:
+        # Without a backward pass FSDP2 may keep the weights that it has gathered, and miss that the shards have moved.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
         if not losses:

@@ -270,7 +270,9 @@ class ALSALS(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step" and value.dtype != p.dtype:
+                if name == "step":
+                    self.state[p][name] = value.to("cpu", copy=True)  # on a GPU each would cost a host wait
+                elif value.dtype != p.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -129,6 +129,9 @@ class AlsalsTrainerMixin:
         self.compute_loss, self.accelerator.backward = compute_and_record, backward_and_note
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:
+            self.loss_replay.clear()
+            raise
         finally:
             self.compute_loss, self.accelerator.backward = compute_loss, backward
         if len(losses) != 1 or len(divisors) != 1:

@@ -355,7 +355,7 @@ def main() -> None:
 
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
-        if checkpoint == "true":  # from the last one, if there is any
+        if checkpoint is not None and checkpoint.lower() == "true":  # from the last one, if there is any
             checkpoint = last_whole_checkpoint(training_args.output_dir)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()  # with the tokenizer

@@ -186,6 +186,66 @@ def sharded_and_saved(folder):
     return sharded(folder, saved_at=13)
 
 
+def sharded_replay(folder):
+    """FSDP2 with parameters in the root, which stay gathered after a forward pass, and rejected probes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 33), nn.Tanh(), nn.Linear(33, 1)).double()
+    rank = dist.get_rank() if processes() > 1 else 0
+    if processes() > 1:
+        fully_shard(model)
+    accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
+    optimizer = ALSALS(model.parameters(), lr=0.5, initial_step_size=3.0)
+    replay = LossReplay(model, accelerator)
+    generator = torch.Generator().manual_seed(1)
+    step_sizes, losses = [], []
+    for _ in range(20):
+        x = torch.randn(16, 8, generator=generator, dtype=torch.float64).chunk(processes())[rank]
+        optimizer.zero_grad()
+        with accelerator.accumulate(model):
+            loss = replay.record(lambda x: (model(x) - x[:, :1] * x[:, 1:2]).square().mean(), x)
+        loss.backward()
+        losses.append(replay.loss.item())
+        optimizer.step(replay, replay.loss)
+        step_sizes.append(optimizer.step_size)
+    flat = [(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()]
+    probes = optimizer.line_search.total_probes
+    return {"step_sizes": step_sizes, "losses": losses, "weights": torch.cat(flat).tolist(), "probes": probes}
+
+
+class RunningMean(nn.Module):
+    """A model whose loss depends on a buffer that moves, and that DDP broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 1)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean.lerp_(x.mean(dim=0), 0.5)
+        return self.head(x - self.mean).square().mean()
+
+
+def broadcast_buffers(folder):
+    torch.manual_seed(0)
+    accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
+    model = RunningMean()
+    alsals = ALSALS(model.parameters())
+    model, optimizer = accelerator.prepare(model, alsals)
+    replay = LossReplay(model, accelerator)
+    rank = dist.get_rank() if processes() > 1 else 0
+    seen = []
+    for step in range(5):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)).chunk(processes())[rank]
+        with accelerator.accumulate(model):
+            accelerator.backward(replay.record(model, x))
+            alsals.set_closure(replay, replay.loss)
+            seen.append((replay().item(), replay.loss.item()))
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"seen": seen}
+
+
 def not_finite_on_one_process(folder):
     """One process meets an infinite loss: all skip that step, and go on in step."""
 
@@ -217,6 +277,8 @@ TASKS = (
     accelerate_loop,
     sharded,
     sharded_and_saved,
+    sharded_replay,
+    broadcast_buffers,
     not_finite_on_one_process,
 )
 

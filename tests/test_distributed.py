@@ -28,13 +28,21 @@ def ranks(tmp_path_factory):
     return on_two_processes(tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("task", ["ddp", "accumulated", "accelerate_loop", "sharded"])
+@pytest.mark.parametrize("task", ["ddp", "accumulated", "accelerate_loop", "sharded", "sharded_replay"])
 def test_two_processes_find_the_step_sizes_and_weights_of_one_with_the_whole_batch(task, ranks, tmp_path):
     one = getattr(tasks, task)(tmp_path)
     for two in (rank[task] for rank in ranks):
         assert len(two["step_sizes"]) >= 20
         assert two["step_sizes"] == pytest.approx(one["step_sizes"], rel=1e-5)
         assert two["weights"] == pytest.approx(one["weights"], abs=1e-5)
+
+
+def test_rejected_probes_under_fsdp2_see_the_weights_of_the_moment(ranks, tmp_path):
+    one = tasks.sharded_replay(tmp_path)
+    assert one["probes"] > 25  # probes are rejected
+    for rank in ranks:
+        assert rank["sharded_replay"]["probes"] == one["probes"]
+        assert rank["sharded_replay"]["losses"] == pytest.approx(one["losses"], rel=1e-9)
 
 
 def test_the_slope_is_summed_over_shards(ranks, tmp_path):
@@ -50,7 +58,7 @@ def test_all_processes_take_the_same_step_sizes_to_the_same_weights(task, ranks)
     assert first["weights"] == second["weights"]
 
 
-@pytest.mark.parametrize("task", ["dropout", "accelerate_loop"])
+@pytest.mark.parametrize("task", ["dropout", "accelerate_loop", "broadcast_buffers"])
 def test_at_step_size_zero_the_closure_is_the_training_loss_to_the_bit(task, ranks):
     for rank in ranks:
         assert all(replayed == trained for replayed, trained in rank[task]["seen"])

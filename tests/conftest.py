@@ -1,0 +1,9 @@
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """Accelerate keeps mixed precision and the end of the last data loader for the whole process."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
