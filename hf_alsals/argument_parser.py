@@ -1,11 +1,29 @@
 """The command line of the recipes: a config file, and flags that override it."""
 
+import argparse
 import json
+import re
 import sys
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+
+class OneLineHelpFormatter(argparse.HelpFormatter):
+    """Shows a line for each flag: its name, its default and the first sentence of its help."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        # Private, but argparse has had no other hook since Python 2.7.
+        flag = action.option_strings[-1 if action.option_strings[0] == "-h" else 0]
+        text = action.help or ""
+        if action.default not in (None, argparse.SUPPRESS) and not callable(action.default):
+            text = f"({getattr(action.default, 'value', action.default)}) {text}"
+        text = re.sub(r" \(default: .*\)$", "", " ".join(text.split()))
+        text = re.split(r"(?<=[a-z\d)`'\"]{2})\. ", text)[0]
+        room = self._width - 38
+        text = text if len(text) <= room else text[: room - 3] + "..."
+        return f"  {flag:<35} {text}\n"
 
 
 class AlsalsArgumentParser(HfArgumentParser):
@@ -17,7 +35,8 @@ class AlsalsArgumentParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, usage="%(prog)s [config.yaml | config.json] [--flag value ...]", **kwargs)
+        usage = "%(prog)s [config.yaml | config.json] [--flag value ...]"
+        super().__init__(dataclass_types, usage=usage, formatter_class=OneLineHelpFormatter, **kwargs)
 
     def parse_args_and_config(self, args: list[str] | None = None) -> tuple[Any, ...]:
         """Parse flags, or a config file whose values the flags after it override.

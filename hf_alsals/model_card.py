@@ -1,16 +1,45 @@
-"""What a model card says of a run with a line search."""
+"""What a model card says of a run: its results, and how its step size was found."""
 
 import os
+from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from . import __version__
 from .optimizer import ALSALS, PRESETS
 
 # What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere.
 _FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
+
+
+def add_results_to_card(
+    path: str, log_history: list[dict[str, Any]], dataset: dict[str, str | None], task: str
+) -> None:
+    """Write the last evaluation into the metadata (model-index) of the model card that the Trainer wrote.
+
+    Args:
+        path (`str`): The card, a README.md.
+        log_history (`list[dict]`): The Trainer's logs.
+        dataset (`dict[str, str]`): `dataset_type` (its name on the Hub), `dataset_name` and `dataset_config`.
+        task (`str`): The task's name on the Hub, such as `"text-classification"`.
+    """
+    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
+    metrics = {}
+    for entry in evaluations:
+        # Several data sets, or parts of one, may have been evaluated at the last step.
+        if entry["step"] == evaluations[-1]["step"]:
+            metrics |= {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+    card = ModelCard.load(path)
+    results = [
+        EvalResult(task_type=task, metric_type=name, metric_name=name, metric_value=value, **dataset)
+        for name, value in metrics.items()
+        if not name.endswith(("runtime", "per_second", "preparation_time"))
+    ]
+    if results:
+        card.data.eval_results = results
+        card.save(path)
 
 
 def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_seconds: float | None) -> None:

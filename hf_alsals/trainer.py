@@ -1,23 +1,30 @@
 """Trainers that hand the loss closure to ALSALS."""
 
+import contextlib
 import copy
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_sagemaker_mp_enabled
 
+from .hub import PublishedArguments, is_local_path, remove_local_base_model, without_local_paths
 from .loss_replay import LossReplay
-from .model_card import add_search_to_card
+from .model_card import add_results_to_card, add_search_to_card
 from .optimizer import ALSALS, PRESETS
+
+logger = logging.getLogger(__name__)
 
 
 class AlsalsTrainerMixin:
@@ -35,6 +42,7 @@ class AlsalsTrainerMixin:
     loss_replay: LossReplay | None = None
     _logged_probes = (0, 0)
     _is_probing = False
+    _hub_failed = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -165,21 +173,105 @@ class AlsalsTrainerMixin:
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, finetuned_from: str | None = None, **kwargs: Any) -> None:
-        """Write the Trainer's model card, with a section on the step size.
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the model, with training arguments that hold neither the Hub token nor a local path.
 
         Args:
-            finetuned_from (`str`, *optional*): The model's name on the Hub; a local path is left out of the card.
+            output_dir (`str`, *optional*): The folder, `args.output_dir` if left out.
             args, kwargs: Passed on to the Trainer.
         """
-        if finetuned_from is not None and os.path.exists(finetuned_from):
-            finetuned_from = None
-        super().create_model_card(*args, finetuned_from=finetuned_from, **kwargs)
-        if self.alsals is not None and self.is_world_process_zero():
+        with self._published_arguments():
+            super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            remove_local_base_model(output_dir or self.args.output_dir)
+
+    def save_state(self) -> None:
+        """Save the Trainer's state, naming the best checkpoint without its path."""
+        best_model_checkpoint = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = without_local_paths(best_model_checkpoint)
+        super().save_state()
+        self.state.best_model_checkpoint = best_model_checkpoint
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository on the Hub; where that fails, warn, train, and try again in `push_to_hub`.
+
+        Args:
+            args, kwargs: Passed on to the Trainer.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+            self._hub_failed = False
+        except Exception as error:  # whatever the Hub or the network does must not cost a run
+            self._hub_failed = True
+            self.push_in_progress = None
+            self.hub_model_id = self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+            logger.warning(f"The Hub did not open the repository {self.hub_model_id}: {' '.join(str(error).split())}")
+
+    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
+        """Save the model, write the model card and push the output directory to the Hub.
+
+        Args:
+            token (`str`, *optional*): The Hub token, `args.hub_token` if left out.
+            args, kwargs: Passed on to the Trainer, `commit_message`, `blocking` and the fields of the card among them.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if `blocking=False`.
+
+        Raises:
+            Exception: What the Hub or the network answered; the results are on disk by then.
+        """
+        if self._hub_failed:
+            self.init_hf_repo(token=token)
+        try:
+            return super().push_to_hub(*args, token=token, **kwargs)
+        except Exception:
+            output_dir = self.args.output_dir
+            logger.error(
+                f"The push to the Hub failed, the results are in {output_dir}: push them later with "
+                f"hf upload {self.hub_model_id} {output_dir} --exclude 'checkpoint-*'"
+            )
+            raise
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, with the results in its metadata and a section on the step size.
+
+        Args:
+            args, kwargs: Passed on to the Trainer; a local path among them is left out of the card.
+        """
+        if not self.is_world_process_zero():
+            return
+        for name in ("finetuned_from", "dataset_tags", "dataset", "dataset_args"):
+            if is_local_path(kwargs.get(name)):
+                kwargs[name] = None
+        super().create_model_card(*args, **kwargs)
+        remove_local_base_model(self.args.output_dir)
+        path = os.path.join(self.args.output_dir, "README.md")
+        # A license is given so that the Hub is not asked for that of the base model.
+        summary = TrainingSummary.from_trainer(self, **{"license": "unknown", **kwargs})
+        dataset = {
+            "dataset_type": _first(summary.dataset_tags) or "custom",
+            "dataset_name": _first(summary.dataset) or "unknown",
+            "dataset_config": _first(summary.dataset_args),
+        }
+        add_results_to_card(path, self.state.log_history, dataset, _first(summary.tasks) or "other")
+        if self.alsals is not None:
             seconds = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
-            path = os.path.join(self.args.output_dir, "README.md")
             steps = self.state.global_step
             add_search_to_card(path, self.args.optim, self.alsals, steps, seconds[-1] if seconds else None)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Private, but it pickles self.args and pushes it at once (transformers 5.0 to 5.23).
+        with self._published_arguments():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _published_arguments(self) -> Iterator[None]:
+        args = self.args
+        self.args = args if isinstance(args, PublishedArguments) else PublishedArguments(args)
+        try:
+            yield
+        finally:
+            self.args = args
 
     def _replay_loss(self) -> Tensor:
         # TRL's trainers count tokens and collect metrics in compute_loss (TRL 1.16): a probe is no training.
@@ -245,3 +337,7 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
             continue
         return checkpoint
     return None
+
+
+def _first(names: str | list[str] | None) -> str | None:
+    return names[0] if isinstance(names, list) and names else names or None

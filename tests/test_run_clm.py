@@ -7,12 +7,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import recipe
 import run_clm
+import text_data
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from hf_alsals import AlsalsArgumentParser
+from hf_alsals import AlsalsTrainingArguments
 
 RECIPE = Path(run_clm.__file__)
 TINY = [
@@ -69,7 +71,7 @@ def test_the_command_of_the_readme_trains_evaluates_and_writes_what_the_hf_scrip
 
 
 def test_the_topics_are_split_without_overlap():
-    texts = run_clm.load_texts(run_clm.DataTrainingArguments(), run_clm.ModelArguments())
+    texts = text_data.load_texts(text_data.TextDataArguments(), recipe.ModelArguments())
     train, validation = set(texts["train"]["text"]), set(texts["validation"]["text"])
     assert train | validation == set(topics.values())
     seen = {line.strip() for text in train for line in text.splitlines()}
@@ -102,11 +104,11 @@ def test_a_config_is_read_and_flags_after_it_override_it(suffix, tmp_path, monke
 
 
 def test_the_shipped_config_is_valid(tmp_path):
-    parser = AlsalsArgumentParser(
-        (run_clm.ModelArguments, run_clm.DataTrainingArguments, run_clm.ClmTrainingArguments)
+    parser = recipe.make_parser(
+        "", run_clm.ClmModelArguments, run_clm.ClmDataArguments, recipe.LoraArguments, AlsalsTrainingArguments
     )
     config = RECIPE.parent / "configs" / "gpt2-openwebtext.yaml"
-    _, data_args, training_args = parser.parse_args_and_config([str(config), "--bf16", "false"])
+    _, _, data_args, _, training_args = parser.parse_args_and_config([str(config), "--bf16", "false"])
     assert (data_args.dataset_name, data_args.streaming) == ("Skylion007/openwebtext", True)
     assert (training_args.optim, training_args.warmup_steps) == ("alsals", 2000)
 
@@ -160,7 +162,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, t
     ("flags", "message"),
     [
         (["--train_file", "nowhere.txt"], "train_file must be a file, but there is none at 'nowhere.txt'."),
-        (["--train_file", "text.pdf"], "train_file must be a txt, csv or json file, got 'text.pdf'."),
+        (["--train_file", "text.pdf"], "train_file must be a txt, csv, json or jsonl file, got 'text.pdf'."),
         (["--validation_split_percentage", "100"], "validation_split_percentage must be between 0 and 100, got 100."),
         (["--model_type", "gpt5000"], "got 'gpt5000'."),
         (["--block_size", "1"], "block_size must be at least 2, got 1."),
@@ -187,7 +189,7 @@ def test_a_block_size_beyond_the_model_is_refused_before_training(tmp_path, monk
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "is empty"),
-        ("short.txt", b"two\nlines\n", "fewer than block_size = 64 tokens"),
+        ("short.txt", b"two\nlines\n", "the train text has fewer tokens than one block: take a smaller block_size."),
         ("latin.txt", b"caf\xe9\n" * 100, "cannot be read as text"),
         ("numbers.csv", b"a,b\n1,2\n3,4\n", "must have a column of text named text, got a, b"),
         ("empty.jsonl", b"\n", "jsonl"),
