@@ -118,7 +118,7 @@ def check_counts(arguments: Any, **least: int) -> None:
 def check_file(name: str, path: str, extensions: tuple[str, ...]) -> None:
     """Raise a ValueError if the file that the argument `name` gives cannot be a file of examples."""
     if not path.endswith(tuple(f".{extension}" for extension in extensions)):
-        raise ValueError(f"{name} must be a {', '.join(extensions[:-1])} or {extensions[-1]} file, got {path!r}.")
+        raise ValueError(f"{name} must be a {' or '.join(extensions)} file, got {path!r}.")
     if not os.path.isfile(path):
         raise ValueError(f"{name} must be a file, but there is none at {path!r}.")
     if os.path.getsize(path) == 0:

@@ -98,9 +98,8 @@ def main() -> None:
         small = BertConfig(**SMALL_BERT)
         config = load_config(model_args, lambda: model_args.new_config(small, tokenizer))
     if tokenizer.mask_token is None:
-        parser.error(
-            f"the tokenizer {model_args.tokenizer_name or model_args.model_name_or_path!r} has no mask token."
-        )
+        name = model_args.tokenizer_name or model_args.model_name_or_path
+        parser.error(f"tokenizer_name must be a tokenizer with a mask token, but {name!r} has none.")
 
     # Preprocessing: tokenize, then concatenate and cut into blocks.
     longest = longest_input(tokenizer, config)

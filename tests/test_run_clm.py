@@ -9,8 +9,8 @@ from pydoc_data.topics import topics
 import pytest
 import recipe
 import run_clm
-import text_data
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -68,15 +68,6 @@ def test_the_command_of_the_readme_trains_evaluates_and_writes_what_the_hf_scrip
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.decode(tokenizer("naïve").input_ids, skip_special_tokens=True) == "naïve"
     assert model.config.vocab_size == len(tokenizer) == 259
-
-
-def test_the_topics_are_split_without_overlap():
-    texts = text_data.load_texts(text_data.TextDataArguments(), recipe.ModelArguments())
-    train, validation = set(texts["train"]["text"]), set(texts["validation"]["text"])
-    assert train | validation == set(topics.values())
-    seen = {line.strip() for text in train for line in text.splitlines()}
-    assert not [line for text in validation for line in text.splitlines() if len(line) > 40 and line.strip() in seen]
-    assert 0.05 < sum(map(len, validation)) / sum(map(len, topics.values())) < 0.15
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -162,7 +153,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, t
     ("flags", "message"),
     [
         (["--train_file", "nowhere.txt"], "train_file must be a file, but there is none at 'nowhere.txt'."),
-        (["--train_file", "text.pdf"], "train_file must be a txt, csv, json or jsonl file, got 'text.pdf'."),
+        (["--train_file", "text.pdf"], "train_file must be a txt or csv or json or jsonl file, got 'text.pdf'."),
         (["--validation_split_percentage", "100"], "validation_split_percentage must be between 0 and 100, got 100."),
         (["--model_type", "gpt5000"], "got 'gpt5000'."),
         (["--block_size", "1"], "block_size must be at least 2, got 1."),
@@ -234,3 +225,23 @@ def test_the_same_seed_gives_the_same_model(tmp_path, monkeypatch, text_file):
         run(monkeypatch, *flags, "--output_dir", tmp_path / name)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_is_trained_on_a_saved_model_and_saved_alone_or_merged(merge, tmp_path, monkeypatch, text_file):
+    base, output = tmp_path / "base", tmp_path / "out"
+    data = ["--train_file", text_file, "--block_size", 64, "--use_cpu", "--disable_tqdm", "true"]
+    run(monkeypatch, "--optim", "alsals", *data, *TINY, "--max_steps", 2, "--output_dir", base)
+    peft = ["--use_peft", "--lora_r", 2, *(["--merge_and_unload"] if merge else [])]
+    flags = ["--model_name_or_path", base, *data, *peft, "--max_steps", 10, "--output_dir", output]
+    run(monkeypatch, "--optim", "alsals", *flags)
+    assert (output / "adapter_model.safetensors").exists() != merge
+    assert (output / "model.safetensors").exists() == merge
+    assert results(output)["eval_loss"] < results(base)["eval_loss"]
+    model = AutoModelForCausalLM.from_pretrained(output if merge else base)
+    if not merge:
+        model = PeftModel.from_pretrained(model, output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("The value of the expression", return_tensors="pt").input_ids
+    trained, untrained = (one(ids).logits for one in (model, AutoModelForCausalLM.from_pretrained(base)))
+    assert not trained.allclose(untrained)
