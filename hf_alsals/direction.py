@@ -1,6 +1,8 @@
 """Adam's direction: its slope, and the moves along it."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,11 +10,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
+@dataclass
+class Chunk:
+    """Small parameters, or a part of a large one, that are worked on at once.
+
+    Args:
+        owners (`list[Tensor]`): The parameter that each piece belongs to.
+        params, grads, exp_avgs, exp_avg_sqs (`list[Tensor]`): The pieces of parameters, gradients and moments.
+        bias_corrections (`list[tuple[float, float]]`): Of each piece, `1 - beta1 ** step` and `1 - beta2 ** step`.
+        starts (`list[Tensor]`): The start point of a search, in the memory of the gradients if they are of one dtype.
+    """
+
+    owners: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    bias_corrections: list[tuple[float, float]] = field(default_factory=list)
+    starts: list[Tensor] = field(default_factory=list)
+
+
 class AdamDirection:
     """Adam's direction for the parameters of one group: `d = m / (sqrt(v) + eps)`, moments without their bias.
 
     Creating it updates the moments with the gradients (Kingma and Ba, arXiv 1412.6980, Algorithm 1). The arithmetic is
-    that of `torch.optim.AdamW`, operation for operation. Of a DTensor it moves the local shard.
+    that of `torch.optim.AdamW`, operation for operation. Of a DTensor it moves the local shard. The start point of a
+    search is kept in the memory of the gradients, so that a search needs no memory beyond that of Adam's step.
 
     Args:
         params (`list[Tensor]`): Parameters with gradients.
@@ -24,6 +47,11 @@ class AdamDirection:
     def __init__(
         self, params: list[Tensor], states: list[dict[str, Any]], betas: tuple[float, float], eps: float
     ) -> None:
+        beta1, beta2 = betas
+        self.params = params
+        self.eps = eps
+        self.chunks = [Chunk()]
+        size = 0
         for p, state in zip(params, states):
             if not state:
                 # Moments of bfloat16 and float16 parameters would stall or underflow in their own dtype.
@@ -32,53 +60,94 @@ class AdamDirection:
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["step"] += 1
-        self._whole = params
-        self.params = [_local(p) for p in params]
-        self.exp_avgs = [_local(state["exp_avg"]) for state in states]
-        self.grads = [_local(p.grad).to(exp_avg.dtype) for p, exp_avg in zip(params, self.exp_avgs)]
-        exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
-        steps = [state["step"].item() for state in states]
-        beta1, beta2 = betas
-        torch._foreach_lerp_(self.exp_avgs, self.grads, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, self.grads, self.grads, 1 - beta2)
-        self.denominators = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_div_(self.denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-        torch._foreach_add_(self.denominators, eps)
-        self.bias_corrections = [1 - beta1**step for step in steps]
-        self._start: list[Tensor] = []
+            step = state["step"].item()
+            for pieces in _cut((p, p.grad, state["exp_avg"], state["exp_avg_sq"])):
+                size += pieces[0].numel()
+                if size > _chunk_size(p) and self.chunks[-1].params:
+                    self.chunks.append(Chunk())
+                    size = pieces[0].numel()
+                chunk = self.chunks[-1]
+                chunk.owners.append(p)
+                chunk.bias_corrections.append((1 - beta1**step, 1 - beta2**step))
+                for column, piece in zip((chunk.params, chunk.grads, chunk.exp_avgs, chunk.exp_avg_sqs), pieces):
+                    column.append(piece)
+        for chunk in self.chunks:
+            grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(chunk.grads, chunk.exp_avgs)]
+            torch._foreach_lerp_(chunk.exp_avgs, grads, 1 - beta1)
+            torch._foreach_mul_(chunk.exp_avg_sqs, beta2)
+            torch._foreach_addcmul_(chunk.exp_avg_sqs, grads, grads, 1 - beta2)
 
     def slope(self) -> float:
         """Return the inner product of the gradients and the direction, the decrease of the loss per unit of step."""
-        return self._inner_product(self.exp_avgs, self.bias_corrections)
+        return self._inner_product(with_momentum=True)
 
     def preconditioned_slope(self) -> float:
         """Return the slope along the direction without momentum, the sum of `g ** 2 / (sqrt(v) + eps)`."""
-        return self._inner_product(self.grads, [1.0] * len(self.grads))
-
-    def move(self, step_size: float) -> None:
-        """Move the parameters by `step_size` times the direction, downhill.
-
-        Args:
-            step_size (`float`): The step size.
-        """
-        factors = [-step_size / correction for correction in self.bias_corrections]
-        torch._foreach_addcdiv_(self.params, self.exp_avgs, self.denominators, factors)
+        return self._inner_product(with_momentum=False)
 
     def remember(self) -> None:
-        """Note where the parameters are."""
-        self._start = [p.clone() for p in self.params]
+        """Note where the parameters are. The gradients are lost where they are of the dtype of the parameters."""
+        for chunk in self.chunks:
+            chunk.starts = [
+                grad.copy_(p) if grad.dtype == p.dtype else p.clone() for grad, p in zip(chunk.grads, chunk.params)
+            ]
 
     def restore(self) -> None:
         """Put the parameters back, to the bit, to where they were at the last `remember()`."""
-        torch._foreach_copy_(self.params, self._start)
+        for chunk in self.chunks:
+            if chunk.starts:
+                torch._foreach_copy_(chunk.params, chunk.starts)
 
-    def _inner_product(self, numerators: list[Tensor], corrections: list[float]) -> float:
-        products = [
-            torch.dot(grad.flatten(), (numerator / denominator).flatten()) / correction
-            for grad, numerator, denominator, correction in zip(self.grads, numerators, self.denominators, corrections)
-        ]
-        return sum_over_shards(products, self._whole)
+    def move(self, step_size: float, decay: float = 0.0) -> None:
+        """Move the parameters by `step_size` times the direction, downhill.
+
+        They start from where they were at the last `remember()`, if there was one, else from where they are.
+
+        Args:
+            step_size (`float`): The step size.
+            decay (`float`, defaults to 0.0): The share of themselves that the parameters lose first (AdamW's weight
+                decay).
+        """
+        for chunk in self.chunks:
+            if chunk.starts:
+                torch._foreach_copy_(chunk.params, chunk.starts)
+            if decay != 0:
+                torch._foreach_mul_(chunk.params, 1 - decay)
+            factors = [-step_size / correction for correction, _ in chunk.bias_corrections]
+            torch._foreach_addcdiv_(chunk.params, chunk.exp_avgs, self._denominators(chunk), factors)
+
+    def _denominators(self, chunk: Chunk) -> list[Tensor]:
+        denominators = torch._foreach_sqrt(chunk.exp_avg_sqs)
+        torch._foreach_div_(denominators, [correction**0.5 for _, correction in chunk.bias_corrections])
+        torch._foreach_add_(denominators, self.eps)
+        return denominators
+
+    def _inner_product(self, with_momentum: bool) -> float:
+        products: list[Tensor] = []
+        for chunk in self.chunks:
+            grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(chunk.grads, chunk.exp_avgs)]
+            directions = torch._foreach_div(chunk.exp_avgs if with_momentum else grads, self._denominators(chunk))
+            products += [
+                torch.dot(grad.flatten(), direction.flatten()) / (correction if with_momentum else 1.0)
+                for grad, direction, (correction, _) in zip(grads, directions, chunk.bias_corrections)
+            ]
+        return sum_over_shards(products, [owner for chunk in self.chunks for owner in chunk.owners])
+
+
+def _chunk_size(tensor: Tensor) -> int:
+    # Few enough elements for a CPU's cache, enough for a GPU to be busy.
+    return 2**18 if tensor.device.type == "cpu" else 2**22
+
+
+def _cut(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    tensors = tuple(_local(tensor) for tensor in tensors)
+    count, limit = tensors[0].numel(), _chunk_size(tensors[0])
+    if count <= limit or not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    flat = [tensor.view(-1) for tensor in tensors]
+    for begin in range(0, count, limit):
+        yield tuple(tensor[begin : begin + limit] for tensor in flat)
 
 
 def all_finite(params: list[Tensor]) -> bool:
@@ -87,9 +156,13 @@ def all_finite(params: list[Tensor]) -> bool:
     Args:
         params (`list[Tensor]`): Parameters with gradients.
     """
-    grads = [_local(p.grad) for p in params]
-    largest = torch._foreach_norm([grad if grad.numel() > 0 else grad.new_zeros(1) for grad in grads], math.inf)
-    return sum_over_shards([(~value.isfinite()).float() for value in largest], params) == 0
+    owners, largest = [], []
+    for p in params:
+        for (piece,) in _cut((p.grad,)):  # the norm of all of it would take a copy of it
+            owners.append(p)
+            largest.append(piece if piece.numel() > 0 else piece.new_zeros(1))
+    largest = torch._foreach_norm(largest, math.inf)
+    return sum_over_shards([(~value.isfinite()).float() for value in largest], owners) == 0
 
 
 def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> float:

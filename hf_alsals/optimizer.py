@@ -180,8 +180,8 @@ class ALSALS(torch.optim.Optimizer):
     ) -> Tensor | float | None:
         """Take one step along Adam's direction, with the step size of the line search.
 
-        The gradients are in `.grad` already. If the closure raises, parameters and search are where they were; Adam's
-        moments have taken up the gradients by then.
+        The gradients are in `.grad` already; a search takes their memory, and `.grad` is `None` after it. If the
+        closure raises, parameters and search are where they were; Adam's moments have taken up the gradients by then.
 
         Args:
             closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
@@ -237,9 +237,10 @@ class ALSALS(torch.optim.Optimizer):
             step_size = self.line_search.skip()
         for group, direction in directions:
             step = group["lr"] * step_size
-            if group["weight_decay"] != 0:
-                torch._foreach_mul_(direction.params, 1 - step * group["weight_decay"])
-            direction.move(step)
+            direction.move(step, decay=step * group["weight_decay"])
+        if self.searched:
+            for p in params:
+                p.grad = None  # the search has used its memory
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,25 +296,26 @@ class ALSALS(torch.optim.Optimizer):
     ) -> float:
         def probe(step_size: float) -> float:
             for direction in directions:
-                direction.restore()
                 direction.move(step_size)
             return _to_float(closure())
 
         begin = time.perf_counter()
+        if self.slope_method == "exact":
+            slope = sum(direction.slope() for direction in directions) / clip_coef
+        elif self.slope_method == "preconditioned":
+            slope = sum(direction.preconditioned_slope() for direction in directions) / clip_coef
         for direction in directions:
             direction.remember()
         try:
-            if self.slope_method == "exact":
-                slope = sum(direction.slope() for direction in directions) / clip_coef
-            elif self.slope_method == "preconditioned":
-                slope = sum(direction.preconditioned_slope() for direction in directions) / clip_coef
-            else:
+            if self.slope_method == "finite_difference":
                 step_size = max(torch.finfo(p.dtype).eps for direction in directions for p in direction.params) ** 0.5
                 slope = (self.loss - probe(step_size)) / step_size
             return self.line_search.search(self.loss, slope, probe)
-        finally:
+        except BaseException:
             for direction in directions:
                 direction.restore()
+            raise
+        finally:
             self.search_seconds += time.perf_counter() - begin
 
     def _skip(self) -> None:

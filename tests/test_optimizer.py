@@ -3,7 +3,10 @@ import functools
 import io
 import itertools
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -265,6 +268,7 @@ def test_clip_coef_may_be_a_float_and_counts_for_one_step_only(slope):
     optimizer.set_closure(lambda: 0.0, 1.0, 0.125)
     optimizer.step()
     assert optimizer.slope == pytest.approx(0.75 / 0.125, rel=1e-6)
+    w.grad = torch.tensor([0.5, -0.25], dtype=torch.float64)
     optimizer.set_closure(lambda: 0.0, 1.0)
     optimizer.step()
     assert optimizer.slope == pytest.approx(0.75, rel=1e-6)
@@ -298,6 +302,7 @@ def test_lr_multiplies_the_step_and_leaves_the_search_alone(lr):
     optimizer = ALSALS([w], lr=lr, initial_step_size=8.0)
     loss = (w**2).sum()
     loss.backward()
+    gradient = w.grad.clone()
     optimizer.step(lambda: (w**2).sum(), loss)
 
     assert optimizer.probes > 1
@@ -307,7 +312,7 @@ def test_lr_multiplies_the_step_and_leaves_the_search_alone(lr):
 
     unscaled = single(start.tolist())
     other = ALSALS([unscaled], initial_step_size=8.0)
-    unscaled.grad = w.grad
+    unscaled.grad = gradient
     other.step(lambda: (unscaled**2).sum(), loss)
     assert other.step_size == optimizer.step_size
 
@@ -340,9 +345,10 @@ def test_each_group_has_its_lr_and_decoupled_weight_decay():
         loss = sum((p**2).sum() for p in params)
         loss.backward()
         before = snapshot(params)
+        for p, history in zip(params, gradients):
+            history.append(p.grad.clone())
         optimizer.step(lambda: sum((p**2).sum() for p in params), loss)
         for p, start, history, group in zip(params, before, gradients, settings):
-            history.append(p.grad.clone())
             step = group.get("lr", 0.25) * optimizer.step_size
             expected = start * (1 - step * group["weight_decay"]) - step * adam_direction_of(history)
             torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
@@ -359,10 +365,11 @@ def test_probes_lie_on_the_line_without_lr_and_weight_decay():
 
     loss = (w**2).sum()
     loss.backward()
+    gradient = w.grad.clone()
     optimizer.step(closure, loss)
     assert len(probed) == optimizer.probes > 2
     for k, point in enumerate(probed):
-        expected = start - 6.0 * 0.9**k * adam_direction_of([w.grad])
+        expected = start - 6.0 * 0.9**k * adam_direction_of([gradient])
         torch.testing.assert_close(point, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -403,12 +410,14 @@ def test_parameter_that_gets_its_first_gradient_later_has_its_own_bias_correctio
         loss = closure()
         loss.backward()
         before = {p: p.detach().clone() for p in histories}
+        gradients = {p: p.grad for p in histories if p.grad is not None}
+        for p, gradient in gradients.items():
+            histories[p].append(gradient.clone())
         optimizer.step(closure, loss)
         for p, history in histories.items():
-            if p.grad is None:
+            if p not in gradients:
                 assert_identical(p.detach(), before[p])
                 continue
-            history.append(p.grad.clone())
             expected = before[p] - optimizer.step_size * adam_direction_of(history)
             torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
     assert len(histories[early]) == 8
@@ -992,6 +1001,7 @@ def test_good_step_resets_the_count_of_skips_in_a_row():
     w.grad = torch.ones_like(w)
     optimizer = ALSALS([w])
     for _ in range(3):
+        w.grad = torch.ones_like(w)
         for _ in range(9):
             optimizer.step(lambda: math.nan)
         optimizer.step(lambda: w.sum())
@@ -1139,3 +1149,66 @@ def test_loss_that_keeps_changing_its_sign_stays_finite(name, period):
     assert optimizer.skipped_steps == 0
     if RESUMED[name].get("slope") != "preconditioned":
         assert min(slopes) < 0 < max(slopes)
+
+
+# ---- memory ----
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+import torch
+from hf_alsals import ALSALS
+
+tiny = torch.nn.Parameter(torch.ones(1))
+tiny.grad = torch.ones(1)
+ALSALS([tiny]).step(lambda: 0.0, 1.0)  # loads what the first step of all loads
+dtype = getattr(torch, sys.argv[1])
+p = torch.nn.Parameter(torch.ones(4000, 4000, dtype=dtype))
+optimizer = ALSALS([p], lr=0.5, weight_decay=0.1)
+optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.ones(p.shape), "exp_avg_sq": torch.ones(p.shape)}
+p.grad = torch.full_like(p, -0.5)  # uphill, so that any finite loss is accepted
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+losses = iter([float("inf"), float("inf"), 0.5])
+optimizer.step(lambda: next(losses), 1.0)
+assert optimizer.probes == 3
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the memory in use is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_search_needs_no_memory_beyond_that_of_adam(dtype):
+    command = [sys.executable, "-c", MEMORY_SCRIPT, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 16e6  # the parameters alone are 64 or 32 MB
+
+
+def test_large_parameters_move_as_small_ones():
+    """Pieces of a large parameter, and parameters that cannot be cut, give what AdamW gives."""
+    torch.manual_seed(0)
+    starts = [torch.randn(700, 500), torch.randn(500, 700).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    alsals = ALSALS(ours, weight_decay=0.01)
+    adamw = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.01, eps=1e-8)
+    alsals.line_search.search = lambda loss, slope, probe: (probe(0.3), probe(0.2), 0.1)[-1]
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            gradient = torch.randn(one.shape)
+            one.grad, other.grad = gradient.clone(), gradient.clone()
+        alsals.step(lambda: 0.0, 1.0)
+        adamw.step()
+    for one, other in zip(ours, theirs):
+        assert_identical(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("search_interval", [1, 2])
+def test_gradients_are_gone_after_a_search_only(search_interval):
+    w = single([1.0, -1.0])
+    optimizer = ALSALS([w], search_interval=search_interval)
+    for searches in (True, search_interval == 1):
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        optimizer.step(lambda: (w**2).sum(), loss)
+        assert (w.grad is None) == searches == optimizer.searched
