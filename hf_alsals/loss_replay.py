@@ -98,11 +98,19 @@ class LossReplay:
     Args:
         model (`nn.Module`): The model as the training loop calls it, wrapped or not.
         accelerator (`Accelerator`): The accelerator of the training loop, for its gradient accumulation and processes.
+        probe_micro_batches (`int`, *optional*): With gradient accumulation the number of micro-batches, from the
+            first, whose loss stands for that of all: probes are cheaper by as much, and noisier. All if left out.
+
+    Raises:
+        ValueError: If `probe_micro_batches` is less than 1.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+    def __init__(self, model: nn.Module, accelerator: Accelerator, probe_micro_batches: int | None = None) -> None:
+        if probe_micro_batches is not None and probe_micro_batches < 1:
+            raise ValueError(f"probe_micro_batches must be at least 1, got {probe_micro_batches}.")
         self.model = model
         self.accelerator = accelerator
+        self.probe_micro_batches = probe_micro_batches
         self.micro_batches: list[MicroBatch] = []
         self._moving: list[tuple[nn.Module, str]] = []
         self._modes: list[bool] = []
@@ -163,7 +171,7 @@ class LossReplay:
     @property
     def loss(self) -> Tensor:
         """The training loss of the recorded micro-batches, a scalar."""
-        return self._mean_over_processes([batch.loss / batch.divisor for batch in self.micro_batches])
+        return self._mean_over_processes([batch.loss / batch.divisor for batch in self._probed()])
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -180,7 +188,7 @@ class LossReplay:
             for wrapper in wrappers:
                 wrapper.require_forward_param_sync = False  # buffers are no business of a probe
             losses = []
-            for batch in self.micro_batches:
+            for batch in self._probed():
                 batch.random_state.restore()
                 batch.buffer_state.restore()
                 losses.append(_loss_of(batch.compute_loss()) / batch.divisor)
@@ -198,10 +206,15 @@ class LossReplay:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def _probed(self) -> list[MicroBatch]:
+        return self.micro_batches[: self.probe_micro_batches]
+
     def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
         if not losses:
             raise RuntimeError("LossReplay has no micro-batch to replay: compute the training loss with record().")
-        return self.accelerator.reduce(torch.stack(losses).sum(), reduction="mean")
+        # The micro-batches that are left out count like those that are not.
+        loss = torch.stack(losses).sum() * (len(self.micro_batches) / len(losses))
+        return self.accelerator.reduce(loss, reduction="mean")
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -114,7 +114,8 @@ class AlsalsTrainerMixin:
         if self.alsals is None:
             return super().training_step(model, inputs, *args, **kwargs)
         if self.loss_replay is None:
-            self.loss_replay = LossReplay(model, self.accelerator)
+            probe_micro_batches = getattr(self.args, "probe_micro_batches", None)
+            self.loss_replay = LossReplay(model, self.accelerator, probe_micro_batches)
             self._logged_probes = (self.state.global_step, self.alsals.line_search.total_probes)
 
         compute_loss, backward = self.compute_loss, self.accelerator.backward

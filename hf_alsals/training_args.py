@@ -18,6 +18,7 @@ _OPTIM_ARGS = {
     "initial_step_size": float,
     "slope": str,
     "search_interval": lambda text: text if text == "adaptive" else int(text),
+    "probe_micro_batches": int,
 }
 
 
@@ -31,7 +32,8 @@ class AlsalsArgumentsMixin:
         optim (`str`, defaults to the Trainer's own default): One of the Trainer's optimizers, or `"alsals"`,
             `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
         optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: `c`, `beta3`,
-            `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval`. See [`ALSALS`].
+            `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval` (see [`ALSALS`]) and
+            `probe_micro_batches` (see [`LossReplay`]).
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
         lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"cosine"` for `alsals` and
@@ -87,6 +89,13 @@ class AlsalsArgumentsMixin:
         super().__post_init__()
         self.optim = optim
         ALSALS([torch.empty(0)], **self.alsals_kwargs())  # a bad value must show before the model is loaded
+        if self.probe_micro_batches is not None and self.probe_micro_batches < 1:
+            raise ValueError(f"optim_args: probe_micro_batches must be at least 1, got {self.probe_micro_batches}.")
+
+    @property
+    def probe_micro_batches(self) -> int | None:
+        """The number of micro-batches that a probe computes the loss of; `None` for all of them."""
+        return self._read_optim_args().get("probe_micro_batches") if self.optim in PRESETS else None
 
     def alsals_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments of [`ALSALS`] that these training arguments stand for.
@@ -95,6 +104,17 @@ class AlsalsArgumentsMixin:
             TypeError: If `optim_args` is not text.
             ValueError: If it cannot be read.
         """
+        options = self._read_optim_args()
+        options.pop("probe_micro_batches", None)
+        return {
+            **PRESETS[self.optim],
+            **options,
+            "lr": self.learning_rate,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+        }
+
+    def _read_optim_args(self) -> dict[str, Any]:
         if not isinstance(self.optim_args, (str, type(None))):
             raise TypeError(f'optim_args must be text like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
         options = {}
@@ -111,15 +131,11 @@ class AlsalsArgumentsMixin:
             try:
                 options[key] = _OPTIM_ARGS[key](text)
             except ValueError:
-                expected = 'an int or "adaptive"' if key == "search_interval" else "a number"
+                expected = {"search_interval": 'an int or "adaptive"', "probe_micro_batches": "an int"}.get(
+                    key, "a number"
+                )
                 raise ValueError(f"optim_args: {key} must be {expected}, got {text!r}.") from None
-        return {
-            **PRESETS[self.optim],
-            **options,
-            "lr": self.learning_rate,
-            "betas": (self.adam_beta1, self.adam_beta2),
-            "eps": self.adam_epsilon,
-        }
+        return options
 
 
 @dataclass

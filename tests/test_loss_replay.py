@@ -90,6 +90,27 @@ def test_a_record_holds_the_micro_batches_of_one_optimizer_step(model):
         assert len(replay.micro_batches) == 2 - step % 2
 
 
+@pytest.mark.parametrize("probed", [1, 2, 5])
+def test_some_micro_batches_stand_for_all(probed, model):
+    accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True)
+    replay = LossReplay(model, accelerator, probe_micro_batches=probed)
+    losses, calls = [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        with accelerator.accumulate(model):
+            losses.append(replay.record(model, torch.randn(8, 4)).item())
+    count = min(probed, 3)
+    calls.clear()
+    assert replay().item() == pytest.approx(sum(losses[:count]) / count)  # the mean of 3 by that of the first
+    assert len(calls) == count
+    assert replay.loss.item() == pytest.approx(replay().item())
+
+
+def test_at_least_one_micro_batch_is_probed(model):
+    with pytest.raises(ValueError, match=r"probe_micro_batches must be at least 1, got 0\."):
+        LossReplay(model, Accelerator(cpu=True), probe_micro_batches=0)
+
+
 def test_buffers_that_begin_to_move_later_are_left_alone_too(model):
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
     replay = LossReplay(model, accelerator)

@@ -334,3 +334,19 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_training(tmp_path):
     with pytest.raises(RuntimeError, match="not finite in 10 steps in a row"):
         trainer.train()
     assert torch.equal(model.transformer.h[0].attn.c_attn.weight, before)
+
+
+def test_a_probe_computes_the_loss_of_as_many_micro_batches_as_asked_for(tmp_path):
+    class Counting(AlsalsTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            return super().compute_loss(*args, **kwargs)
+
+    for name, probed in (("", 4), (",probe_micro_batches=1", 1)):
+        optim_args = f"initial_step_size=1e-4{name}"
+        args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=3, optim_args=optim_args)
+        trainer = Counting(gpt2(), args, train_dataset=Sequences())
+        trainer.train()
+        assert trainer.calls == 3 * 4 + probed * trainer.alsals.line_search.total_probes

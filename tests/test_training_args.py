@@ -94,6 +94,8 @@ def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
+        ("probe_micro_batches=0", "probe_micro_batches must be at least 1, got 0."),
+        ("probe_micro_batches=half", "probe_micro_batches must be an int, got 'half'."),
         ("foo=1", "unknown key 'foo'.*takes c, beta3"),
         ("c=high", "c must be a number, got 'high'"),
         ("c=1.5", r"c must be a number in \(0, 1\), got 1.5"),
@@ -117,3 +119,12 @@ def test_optim_args_that_are_not_text_are_refused(tmp_path):
 def test_an_unknown_optimizer_is_named_with_what_there_is(tmp_path):
     with pytest.raises(ValueError, match=r"optim must be one of alsals, alsals_paper, salsa, adam_sls or .*'alsal'"):
         AlsalsTrainingArguments(str(tmp_path), optim="alsal")
+
+
+def test_probe_micro_batches_are_no_business_of_the_optimizer(tmp_path):
+    args = AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args="probe_micro_batches=2,c=0.4")
+    assert args.probe_micro_batches == 2
+    assert "probe_micro_batches" not in args.alsals_kwargs()
+    assert AlsalsTrainingArguments(str(tmp_path), optim="alsals").probe_micro_batches is None
+    other = AlsalsTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="anything")
+    assert other.probe_micro_batches is None

@@ -1,0 +1,353 @@
+"""Step time and peak memory of ALSALS beside other optimizers, in the Trainer's loop on a GPT-2.
+
+Every run is a process of its own; each round runs all optimizers once, one after the other, and the ratios to
+adamw_torch_fused are taken within a round. Needs schedulefree, prodigyopt and salsa-optimizer for their rows.
+
+    python recipes/benchmarks/overhead.py --output recipes/benchmarks/overhead.json
+    python recipes/benchmarks/overhead.py --n_layer 12 --n_embd 768 --n_head 12 --vocab_size 50257 --batch_size 32 \
+        --sequence_length 1024 --bf16 --output overhead-gpt2.json
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
+
+from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals.direction import AdamDirection
+
+# Row of the table: training arguments, or the package that brings the optimizer.
+OPTIMIZERS: dict[str, dict[str, str]] = {
+    "adamw_torch_fused": {"optim": "adamw_torch_fused"},
+    "adamw_torch": {"optim": "adamw_torch"},
+    "alsals": {"optim": "alsals"},
+    "alsals, search_interval=adaptive": {"optim": "alsals", "optim_args": "search_interval=adaptive"},
+    "alsals, probe_micro_batches=1": {"optim": "alsals", "optim_args": "probe_micro_batches=1"},
+    "schedule_free_adamw": {"optim": "schedule_free_adamw"},
+    "prodigy": {"package": "prodigyopt"},
+    "salsa-optimizer, a search at every step": {"package": "salsa"},
+}
+BASELINE = "adamw_torch_fused"
+
+
+@dataclass
+class OverheadArguments:
+    """What is measured, and on which model."""
+
+    output: str = field(metadata={"help": "The json file to write; the picture lies beside it."})
+    optimizers: list[str] = field(default_factory=lambda: list(OPTIMIZERS), metadata={"help": "The rows to measure."})
+    n_layer: int = field(default=4, metadata={"help": "Layers of the GPT-2."})
+    n_embd: int = field(default=256, metadata={"help": "Width of the GPT-2."})
+    n_head: int = field(default=4, metadata={"help": "Attention heads of the GPT-2."})
+    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the GPT-2."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a micro-batch."})
+    sequence_length: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    gradient_accumulation_steps: list[int] = field(
+        default_factory=lambda: [1, 4], metadata={"help": "Micro-batches in an optimizer step, one table for each."}
+    )
+    warmup: int = field(default=10, metadata={"help": "Optimizer steps of a run that do not count."})
+    steps: int = field(default=15, metadata={"help": "Optimizer steps of a run that count."})
+    rounds: int = field(default=3, metadata={"help": "Runs of each optimizer."})
+    bf16: bool = field(default=False, metadata={"help": "Whether to train in bfloat16 autocast."})
+    torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model."})
+    run: str | None = field(default=None, metadata={"help": "Only this run, to standard output; for internal use."})
+
+
+class RandomTokens(Dataset):
+    """Sequences of random tokens."""
+
+    def __init__(self, args: OverheadArguments, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        # Few different tokens, so that there is something to learn and the search does not run into the ground.
+        self.rows = torch.randint(0, 64, (count, args.sequence_length), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+class Stopwatch(TrainerCallback):
+    """Takes the time of every optimizer step after the warm-up, from its first micro-batch to its last move."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.seconds: list[float] = []
+        self.probes: list[int] = []
+        self.parts: dict[str, float] = defaultdict(float)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.warmup:
+            self.parts.clear()
+        self.begin = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step > self.warmup:
+            self.seconds.append(now() - self.begin)
+            self.probes.append(getattr(getattr(optimizer, "optimizer", optimizer), "probes", 0))
+
+
+def now() -> float:
+    """Return the time, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], parts: dict[str, tuple[Any, str]]) -> Any:
+    """Add up the time that methods take while inside, by the names of the parts."""
+    originals = {part: getattr(owner, method) for part, (owner, method) in parts.items()}
+
+    def wrap(part: str) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            begin = now()
+            try:
+                return originals[part](*args, **kwargs)
+            finally:
+                seconds[part] += now() - begin
+
+        return wrapped
+
+    for part, (owner, method) in parts.items():
+        setattr(owner, method, wrap(part))
+    try:
+        yield
+    finally:
+        for part, (owner, method) in parts.items():
+            setattr(owner, method, originals[part])
+
+
+def peak_memory() -> float:
+    """Return the most memory that was in use so far, in MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]:
+    """Train with one optimizer and return its step times in seconds, its probes and its peak memory in MB."""
+    set_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=args.n_layer,
+            n_embd=args.n_embd,
+            n_head=args.n_head,
+            vocab_size=args.vocab_size,
+            n_positions=args.sequence_length,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    count = args.warmup + args.steps
+    data = RandomTokens(args, count * accumulation * args.batch_size)
+    package = OPTIMIZERS[name].get("package")
+    before = peak_memory()
+    if package == "salsa":
+        return plain_loop(args, model, data, accumulation) | {"peak_mb": peak_memory() - before}
+    optimizer = None
+    if package == "prodigyopt":
+        from prodigyopt import Prodigy
+
+        optimizer = Prodigy(model.parameters())
+    with tempfile.TemporaryDirectory() as output_dir:
+        training_args = AlsalsTrainingArguments(
+            output_dir=output_dir,
+            max_steps=count,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=accumulation,
+            bf16=args.bf16,
+            torch_compile=args.torch_compile,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **({} if package else OPTIMIZERS[name]),
+        )
+        watch = Stopwatch(args.warmup)
+        trainer = AlsalsTrainer(
+            model, training_args, train_dataset=data, callbacks=[watch], optimizers=(optimizer, None)
+        )
+        parts = {
+            "forward": (trainer, "compute_loss"),
+            "backward": (trainer.accelerator, "backward"),
+            "moments": (AdamDirection, "__init__"),
+            "slope": (AdamDirection, "slope"),
+            "start point": (AdamDirection, "remember"),
+            "moves": (AdamDirection, "move"),
+            "probes": (trainer, "_replay_loss"),
+        }
+        with timed(watch.parts, parts):
+            trainer.train()
+    watch.parts["forward"] -= watch.parts["probes"]  # a probe calls compute_loss too
+    total = sum(watch.seconds)
+    return {
+        "seconds": watch.seconds,
+        "probes": statistics.mean(watch.probes),
+        "peak_mb": peak_memory() - before,
+        "breakdown": {part: watch.parts[part] / total for part in parts},
+    }
+
+
+def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumulation: int) -> dict[str, Any]:
+    """Train with salsa-optimizer, whose `step` runs forward and backward pass itself, in a loop of its own."""
+    from salsa.SaLSA import SaLSA
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = SaLSA(model.parameters(), speed_up=False)
+    seconds = []
+    size = args.batch_size
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup:
+            forwards = optimizer.state["n_forwards"]
+        rows = data.rows[step * accumulation * size :][: accumulation * size].to(device)
+        begin = now()
+        optimizer.zero_grad()
+
+        def closure(backwards: bool = False, rows: torch.Tensor = rows) -> torch.Tensor:
+            total = torch.zeros(1, device=device)
+            with torch.set_grad_enabled(backwards):
+                for batch in rows.split(size):
+                    with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+                        loss = model(input_ids=batch, labels=batch).loss / accumulation
+                    if backwards:
+                        loss.backward()
+                    total += loss.detach()
+            return total
+
+        optimizer.step(closure=closure)
+        seconds.append(now() - begin)
+    probes = (optimizer.state["n_forwards"] - forwards) / args.steps - 1
+    return {"seconds": seconds[args.warmup :], "probes": probes, "breakdown": {}}
+
+
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each optimizer and accumulation: medians over the rounds, ratios taken within each round."""
+    rows = []
+    for accumulation, name in dict.fromkeys((run["accumulation"], run["optimizer"]) for run in runs):
+        ratios, memory = [], []
+        mine = [run for run in runs if (run["accumulation"], run["optimizer"]) == (accumulation, name)]
+        for one in mine:
+            base = next(
+                run
+                for run in runs
+                if (run["accumulation"], run["optimizer"], run["round"]) == (accumulation, BASELINE, one["round"])
+            )
+            ratios.append(statistics.median(one["seconds"]) / statistics.median(base["seconds"]))
+            memory.append(one["peak_mb"] / base["peak_mb"])
+        rows.append(
+            {
+                "accumulation": accumulation,
+                "optimizer": name,
+                "milliseconds": 1000 * statistics.median(statistics.median(run["seconds"]) for run in mine),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "probes": statistics.median(run["probes"] for run in mine),
+                "peak_ratio": statistics.median(memory),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| micro-batches | optimizer | step, ms | times adamw_torch_fused | probes a step | peak memory, times |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['accumulation']} | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} "
+            f"| {row['probes']:.2f} | {row['peak_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], breakdown: dict[str, float], path: str) -> None:
+    """Draw the ratios and what a step of ALSALS spends its time on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    ratio_axes, part_axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
+    counts = list(dict.fromkeys(row["accumulation"] for row in rows))
+    for i, count in enumerate(counts):
+        mine = [row for row in rows if row["accumulation"] == count]
+        height = 0.8 / len(counts)
+        places = [names.index(row["optimizer"]) + (i - (len(counts) - 1) / 2) * height for row in mine]
+        ratio_axes.barh(places, [row["ratio"] for row in mine], height, label=f"{count} micro-batches")
+    ratio_axes.set_yticks(range(len(names)), names)
+    ratio_axes.invert_yaxis()
+    ratio_axes.axvline(1, color="black", linewidth=0.8)
+    ratio_axes.set_xlabel(f"step time, times {BASELINE}")
+    ratio_axes.legend(frameon=False)
+    part_axes.barh(list(breakdown), [100 * share for share in breakdown.values()])
+    part_axes.invert_yaxis()
+    part_axes.set_xlabel("share of a step of alsals, %")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = HfArgumentParser(OverheadArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse_args_into_dataclasses()
+    if unknown := [name for name in args.optimizers if name not in OPTIMIZERS]:
+        parser.error(f"optimizers must be some of {', '.join(OPTIMIZERS)}, got {unknown[0]!r}.")
+    if BASELINE not in args.optimizers:
+        parser.error(f"optimizers must include {BASELINE}, which the others are compared with.")
+    if args.run is not None:
+        name, accumulation = args.run.rsplit("/", 1)
+        print(json.dumps(run(args, name, int(accumulation))))
+        return
+
+    runs = []
+    for accumulation in args.gradient_accumulation_steps:
+        for i in range(args.rounds):
+            for name in args.optimizers:
+                command = [sys.executable, __file__, *sys.argv[1:], "--run", f"{name}/{accumulation}"]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                result = json.loads(done.stdout.splitlines()[-1])
+                runs.append({"accumulation": accumulation, "round": i, "optimizer": name, **result})
+                print(accumulation, i, name, f"{1000 * statistics.median(result['seconds']):.0f} ms", flush=True)
+
+    rows = summarize(runs)
+    breakdowns = [run["breakdown"] for run in runs if run["optimizer"] == "alsals"]
+    breakdown = (
+        {part: statistics.median(one[part] for one in breakdowns) for part in breakdowns[0]} if breakdowns else {}
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "arguments": asdict(args),
+        "revision": revision.stdout.strip(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "breakdown": breakdown,
+        "runs": runs,
+    }
+    with open(args.output, "w") as file:
+        json.dump(report, file, indent=1)
+    draw(rows, breakdown, os.path.splitext(args.output)[0] + ".png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

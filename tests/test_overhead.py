@@ -1,0 +1,32 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "recipes" / "benchmarks"
+TINY = "--n_layer 1 --n_embd 16 --n_head 2 --vocab_size 64 --batch_size 2 --sequence_length 16 --warmup 2 --steps 3"
+
+
+def test_the_benchmark_runs_through_and_its_ratios_are_those_of_its_times(tmp_path):
+    output = tmp_path / "overhead.json"
+    rows = ["adamw_torch_fused", "alsals", "alsals, probe_micro_batches=1"]
+    flags = [*TINY.split(), "--rounds", "1", "--gradient_accumulation_steps", "2", "--optimizers", *rows]
+    command = [sys.executable, BENCHMARKS / "overhead.py", "--output", output, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(output.read_text())
+    assert [row["optimizer"] for row in report["rows"]] == rows
+    seconds = {run["optimizer"]: sorted(run["seconds"])[1] for run in report["runs"]}
+    for row in report["rows"]:
+        assert row["ratio"] == seconds[row["optimizer"]] / seconds["adamw_torch_fused"]
+        assert f"| 2 | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} |" in done.stdout
+    assert report["rows"][0]["probes"] == 0 < report["rows"][1]["probes"]
+    assert 0.5 < sum(report["breakdown"].values()) < 1
+    assert (tmp_path / "overhead.png").stat().st_size > 1000
+
+
+def test_a_row_that_there_is_not_is_named(tmp_path):
+    command = [sys.executable, BENCHMARKS / "overhead.py", "--output", tmp_path / "x.json", "--optimizers", "adam"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "optimizers must be some of adamw_torch_fused, " in done.stderr.strip().splitlines()[-1]
