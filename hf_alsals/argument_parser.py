@@ -54,22 +54,24 @@ class AlsalsArgumentParser(HfArgumentParser):
             args = self._flags_of(args[0]) + args[1:]
         try:
             return self.parse_args_into_dataclasses(args=args)
-        except ValueError as error:
-            self.error(str(error))
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            self.error(" ".join(str(error).split()))
 
     def _flags_of(self, path: str) -> list[str]:
         try:
             with open(path) as file:
-                config = yaml.safe_load(file)  # json is yaml
+                text = file.read()
+            config = yaml.safe_load(text)  # json is yaml
+            written = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as text: `no` is no boolean here
         except (OSError, yaml.YAMLError) as error:
             self.error(f"the config {path!r} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
             self.error(f"the config {path!r} must hold names and values, got {config!r}")
         flags = []
         for name, value in config.items():
-            if value is None:
+            if value is None or value == []:
                 continue
-            values = value if isinstance(value, list) else [value]
-            values = [json.dumps(item) if isinstance(item, (dict, bool)) else item for item in values]
-            flags += [f"--{name}", *map(str, values)]
+            values, texts = (value, written[name]) if isinstance(value, list) else ([value], [written[name]])
+            flags += [f"--{name}"]
+            flags += [json.dumps(item) if isinstance(item, dict) else text for item, text in zip(values, texts)]
         return flags

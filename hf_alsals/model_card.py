@@ -10,8 +10,23 @@ from huggingface_hub import EvalResult, ModelCard
 from . import __version__
 from .optimizer import ALSALS, PRESETS
 
-# What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere.
+# What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere, or from a local path.
 _FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
+_FROM_SCRATCH = "This model was trained from scratch"
+
+
+def correct_start_in_card(path: str, from_local_model: bool) -> None:
+    """Correct what the model card that the Trainer wrote says of a model that has no name on the Hub.
+
+    Args:
+        path (`str`): The card, a README.md.
+        from_local_model (`bool`): Whether it was fine-tuned from a model on disk, else it was trained from scratch.
+    """
+    card = ModelCard.load(path)
+    card.text = card.text.replace(_FROM_NOWHERE, _FROM_SCRATCH)
+    if from_local_model:
+        card.text = card.text.replace(_FROM_SCRATCH, "This model is a fine-tuned version of a local model")
+    card.save(path)
 
 
 def add_results_to_card(
@@ -76,6 +91,5 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
     ]
     if os.path.exists(os.path.join(os.path.dirname(path), "step_size.png")):
         lines.append("![Loss and step size over the optimizer steps](step_size.png)")
-    card.text = card.text.replace(_FROM_NOWHERE, "This model was trained from scratch").rstrip("\n")
-    card.text += "\n\n" + "\n\n".join(lines) + "\n"
+    card.text = card.text.rstrip("\n") + "\n\n" + "\n\n".join(lines) + "\n"
     card.save(path)

@@ -21,7 +21,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from .hub import PublishedArguments, is_local_path, remove_local_base_model, without_local_paths
 from .loss_replay import LossReplay
-from .model_card import add_results_to_card, add_search_to_card
+from .model_card import add_results_to_card, add_search_to_card, correct_start_in_card
 from .optimizer import ALSALS, PRESETS
 
 logger = logging.getLogger(__name__)
@@ -241,12 +241,14 @@ class AlsalsTrainerMixin:
         """
         if not self.is_world_process_zero():
             return
+        start = kwargs.get("finetuned_from") or getattr(getattr(self.model, "config", None), "_name_or_path", None)
         for name in ("finetuned_from", "dataset_tags", "dataset", "dataset_args"):
             if is_local_path(kwargs.get(name)):
                 kwargs[name] = None
         super().create_model_card(*args, **kwargs)
         remove_local_base_model(self.args.output_dir)
         path = os.path.join(self.args.output_dir, "README.md")
+        correct_start_in_card(path, from_local_model=is_local_path(start))
         # A license is given so that the Hub is not asked for that of the base model.
         summary = TrainingSummary.from_trainer(self, **{"license": "unknown", **kwargs})
         dataset = {

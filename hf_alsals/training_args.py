@@ -21,6 +21,9 @@ _OPTIM_ARGS = {
     "probe_micro_batches": int,
 }
 
+# What the training arguments call the arguments of ALSALS.
+_ARGUMENTS = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and adam_beta2"}
+
 
 @dataclass
 class AlsalsArgumentsMixin:
@@ -88,7 +91,13 @@ class AlsalsArgumentsMixin:
         self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.23)
         super().__post_init__()
         self.optim = optim
-        ALSALS([torch.empty(0)], **self.alsals_kwargs())  # a bad value must show before the model is loaded
+        try:
+            ALSALS([torch.empty(0)], **self.alsals_kwargs())  # a bad value must show before the model is loaded
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            if name in _OPTIM_ARGS:
+                raise ValueError(f"optim_args: {error}") from error
+            raise ValueError(f"{_ARGUMENTS.get(name, name)} {rest}") from error
         if self.probe_micro_batches is not None and self.probe_micro_batches < 1:
             raise ValueError(f"optim_args: probe_micro_batches must be at least 1, got {self.probe_micro_batches}.")
 

@@ -1,10 +1,13 @@
 """What all recipes share: arguments, the start of a run, its training and evaluation, and its end."""
 
 import contextlib
+import glob
 import logging
 import math
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +26,21 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_alsals import AlsalsArgumentParser, AlsalsTrainer
+from hf_alsals import AlsalsArgumentParser, AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.trainer import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What an earlier training has left in an output directory.
+# What a finished training has left in an output directory.
 RESULTS = ("train_results.json", "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+FAULTS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
+
+STARTED = time.time()
 
 
 @dataclass
@@ -130,7 +140,7 @@ def one_line_error(parser: AlsalsArgumentParser) -> Iterator[None]:
     """End the program with one line where the block finds fault with data, names or values."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         parser.error(" ".join(str(error).split()))
 
 
@@ -139,7 +149,7 @@ def loading(what: str, name: str) -> Iterator[None]:
     """Name the argument and its value where what it names on the Hub or on disk cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         raise ValueError(
             f"{what} must be a name on the Hub or a path, and {name!r} cannot be loaded: {error}"
         ) from error
@@ -152,29 +162,23 @@ def make_parser(description: str, *dataclass_types: type) -> AlsalsArgumentParse
     return parser
 
 
-def start(parser: AlsalsArgumentParser) -> tuple[Any, ...]:
+def start(parser: AlsalsArgumentParser, predicts: bool = False) -> tuple[Any, ...]:
     """Parse the command line, check the output directory, and set up logging and the seed.
 
     The last of the dataclasses must be the training arguments. Without `--do_train`, `--do_eval` or `--do_predict` a
     recipe trains and evaluates.
     """
     run_args, *arguments, training_args = parser.parse_args_and_config()
+    if training_args.do_predict and not predicts:
+        parser.error("do_predict must be left out: this recipe has no test data to predict.")
     # An eval_strategy sets do_eval by itself, and is nothing without training.
     evaluates_only = training_args.do_eval and training_args.eval_strategy == "no"
     if not (training_args.do_train or training_args.do_predict or evaluates_only):
         training_args.do_train = training_args.do_eval = True
-
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is not None and checkpoint.lower() != "true" and not os.path.isdir(checkpoint):
-        parser.error(f"resume_from_checkpoint must be true or a checkpoint's folder, got {checkpoint!r}.")
-    output_dir = training_args.output_dir
-    finished = [name for name in RESULTS if os.path.exists(os.path.join(output_dir, name))]
-    overwrite = run_args.overwrite_output_dir or checkpoint is not None
-    if training_args.do_train and finished and not overwrite:
-        parser.error(
-            f"output_dir {output_dir!r} holds a finished run ({', '.join(finished)}): name another, or pass "
-            "--overwrite_output_dir, or --resume_from_checkpoint true to go on from its last checkpoint."
-        )
+    with one_line_error(parser):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        check_counts(training_args, **dict.fromkeys(sizes, 1))
+        check_output_dir(training_args, run_args.overwrite_output_dir)
 
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
@@ -194,6 +198,43 @@ def start(parser: AlsalsArgumentParser) -> tuple[Any, ...]:
     return *arguments, training_args
 
 
+def check_output_dir(args: AlsalsTrainingArguments, overwrite: bool) -> None:
+    """Raise a ValueError where training would overwrite an earlier run, or could not go on with one.
+
+    Sets `resume_from_checkpoint` to a checkpoint's folder or `None`.
+    """
+    output_dir, checkpoint = args.output_dir, args.resume_from_checkpoint
+    os.makedirs(output_dir, exist_ok=True)
+    last = last_whole_checkpoint(output_dir)
+    resumes = checkpoint is not None and checkpoint.lower() != "false"
+    if resumes and checkpoint.lower() == "true":
+        checkpoint = last  # from the first step if there is none
+    elif resumes and not os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
+        raise ValueError(f"resume_from_checkpoint must be true or a checkpoint's folder, got {checkpoint!r}.")
+    args.resume_from_checkpoint = checkpoint if resumes else None
+    if not args.do_train or overwrite:
+        return
+    finished = [name for name in RESULTS if os.path.exists(os.path.join(output_dir, name))]
+    advice = "name another, or pass --overwrite_output_dir."
+    if finished and not resumes:
+        raise ValueError(f"output_dir {output_dir!r} holds a finished run ({', '.join(finished)}): {advice}")
+    if last is not None and not resumes:
+        raise ValueError(
+            f"output_dir {output_dir!r} holds an interrupted run ({os.path.basename(last)}): go on with it by "
+            f"--resume_from_checkpoint true, {advice}"
+        )
+    if finished and resumes:
+        ended = True
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            by_steps = args.max_steps > 0
+            ended = state.global_step >= args.max_steps if by_steps else state.epoch >= args.num_train_epochs
+        if ended:
+            raise ValueError(
+                f"output_dir {output_dir!r} holds a finished run, nothing is left to go on with: {advice}"
+            )
+
+
 def load_tokenizer(model_args: TextModelArguments) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer by its name or path; return `None` if there is neither."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -204,15 +245,19 @@ def load_tokenizer(model_args: TextModelArguments) -> PreTrainedTokenizerBase | 
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """Train a small WordPiece tokenizer, as BERT has one, on texts."""
+    """Train a small tokenizer on texts: byte pairs, as RoBERTa has them, with the special tokens of BERT."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     special["mask_token"] = "[MASK]"
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=2048, special_tokens=list(special.values()), continuing_subword_prefix="##", show_progress=False
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    # WordPiece would number its tokens differently in every process.
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.BertProcessing(
@@ -220,6 +265,16 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     )
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
+
+
+def override(config: PretrainedConfig, overrides: str | None) -> None:
+    """Change values of a config as in `n_embd=10,resid_pdrop=0.2`."""
+    if overrides is None:
+        return
+    try:
+        config.update_from_string(overrides)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config_overrides must look like a=10,b=0.2, got {overrides!r}: {error}") from error
 
 
 def load_config(model_args: ModelArguments, default: Callable[[], PretrainedConfig]) -> PretrainedConfig:
@@ -237,9 +292,36 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: PretrainedCo
     if name is not None:
         with loading("model_name_or_path", name):
             return auto_class.from_pretrained(name, config=config, **kwargs, **model_args.hub_kwargs)
-    model = auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    try:
+        model = auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    except Exception as error:  # whatever a model thinks of its config
+        raise ValueError(f"no {config.model_type} can be made of the config: {error}") from error
     logger.info(f"Training a new {config.model_type} with {model.num_parameters() / 1e6:.2f}M parameters")
     return model
+
+
+def match_labels(config: PretrainedConfig, labels: list[str], is_trained: bool) -> dict[str, int]:
+    """Give a config the labels of the data, and return the number of each as the data has them.
+
+    A model that was trained on these labels, or more, keeps its own numbers of them, as those of MNLI on the Hub have
+    their own. Upper and lower case are one where that leaves all labels different.
+
+    Args:
+        config (`PretrainedConfig`): The model's config.
+        labels (`list[str]`): The labels of the data, in the order that a new head has them.
+        is_trained (`bool`): Whether the config is that of a checkpoint.
+    """
+    known = [config.id2label[i] for i in range(config.num_labels)]
+    for fold in (str, str.lower):
+        numbers = {fold(label): i for i, label in enumerate(known)}
+        folded = [fold(label) for label in labels]
+        if len(numbers) == len(known) and len(set(folded)) == len(labels) and set(folded) <= set(numbers):
+            return {label: numbers[fold(label)] for label in labels}
+    if is_trained and known != [f"LABEL_{i}" for i in range(len(known))]:
+        logger.warning(f"The labels of the model ({', '.join(known)}) give way to the data's ({', '.join(labels)})")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    return dict(config.label2id)
 
 
 def add_adapter(model: nn.Module, lora_args: LoraArguments, task_type: str | None) -> nn.Module:
@@ -269,13 +351,25 @@ def add_adapter(model: nn.Module, lora_args: LoraArguments, task_type: str | Non
 
 def train(trainer: AlsalsTrainer, lora_args: LoraArguments | None = None) -> None:
     """Train, merge the adapter if that is asked for, and save model, metrics and state."""
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint is not None and checkpoint.lower() == "true":  # from the last one, if there is any
-        checkpoint = last_whole_checkpoint(trainer.args.output_dir)
+    output_dir, checkpoint = trainer.args.output_dir, trainer.args.resume_from_checkpoint
+    if checkpoint is None and trainer.args.should_save:
+        # Of a run that is overwritten: a later resume_from_checkpoint would take them for this run's.
+        for folder in glob.glob(os.path.join(glob.escape(output_dir), f"{PREFIX_CHECKPOINT_DIR}-*")):
+            logger.warning(f"Removing {folder} of an earlier run")
+            shutil.rmtree(folder)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if lora_args is not None and lora_args.merge_and_unload:
+    adapter = lora_args is not None and lora_args.use_peft
+    if adapter and lora_args.merge_and_unload:
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+        adapter = False
+    if trainer.args.should_save:
+        # A model beside an adapter, or shards beside a model, would be taken for part of it.
+        for pattern in ("model*.safetensors*", "adapter_*"):
+            for path in glob.glob(os.path.join(glob.escape(output_dir), pattern)):
+                os.remove(path)
     trainer.save_model(_internal_call=True)  # with the tokenizer; not yet to the Hub
+    if adapter and trainer.args.should_save:
+        trainer.model.get_base_model().config.save_pretrained(output_dir)  # with the labels
     if isinstance(trainer.train_dataset, datasets.Dataset):
         metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
@@ -303,7 +397,8 @@ def finish(parser: AlsalsArgumentParser, trainer: AlsalsTrainer, **card: Any) ->
     if args.do_train:
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
-        logger.info(f"Wrote {', '.join(sorted(os.listdir(args.output_dir)))} to {args.output_dir}")
+        written = [entry.name for entry in os.scandir(args.output_dir) if entry.stat().st_mtime >= STARTED]
+        logger.info(f"Wrote {', '.join(sorted(written))} to {args.output_dir}")
     if args.push_to_hub:
         try:
             trainer.push_to_hub(**card)

@@ -87,6 +87,8 @@ def main() -> None:
         __doc__.splitlines()[0], ClmModelArguments, ClmDataArguments, LoraArguments, AlsalsTrainingArguments
     )
     model_args, data_args, lora_args, training_args = start(parser)
+    if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
+        parser.error("max_steps must be set with streaming: the length of the text is not known.")
 
     with one_line_error(parser):
         texts = load_texts(data_args, model_args)
@@ -132,17 +134,18 @@ def main() -> None:
         predicted, labels = eval_preds.predictions[:, :-1], eval_preds.label_ids[:, 1:]  # position i predicts i + 1
         return {"accuracy": accuracy_score(labels.reshape(-1), predicted.reshape(-1))}
 
-    trainer = AlsalsTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=predictions,
-        callbacks=[StepSizeCallback()],
-    )
+    with one_line_error(parser):
+        trainer = AlsalsTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=predictions,
+            callbacks=[StepSizeCallback()],
+        )
 
     if training_args.do_train:
         train(trainer, lora_args)

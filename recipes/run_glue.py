@@ -33,6 +33,7 @@ from recipe import (
     load_tokenizer,
     logger,
     make_parser,
+    match_labels,
     one_line_error,
     start,
     train,
@@ -283,7 +284,7 @@ def main() -> None:
     parser = make_parser(
         __doc__.splitlines()[0], GlueModelArguments, GlueDataArguments, LoraArguments, AlsalsTrainingArguments
     )
-    model_args, data_args, lora_args, training_args = start(parser)
+    model_args, data_args, lora_args, training_args = start(parser, predicts=True)
     task = data_args.task_name
 
     with one_line_error(parser):
@@ -309,19 +310,14 @@ def main() -> None:
         )
 
     is_regression = labels is None or (not labels and config.num_labels == 1)
+    label_ids: dict[str, int] = {}
     if is_regression:
         config.num_labels = 1
     else:
-        # A model that was trained on these labels keeps its order of them, as those of MNLI on the Hub have their own.
-        known = [config.id2label[i] for i in range(config.num_labels)]
-        if {label.lower() for label in labels} <= {label.lower() for label in known}:
-            labels = known
-        if len(labels) < 2:
+        label_ids = match_labels(config, labels, is_trained=model_args.model_name_or_path is not None)
+        if config.num_labels == 1:
             parser.error(f"the column label must hold two labels or more, got only {labels[0]!r}.")
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "regression" if is_regression else "single_label_classification"
-    label_ids = {} if is_regression else {label.lower(): i for i, label in enumerate(labels)}
 
     with one_line_error(parser):
         model_kwargs = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
@@ -334,7 +330,7 @@ def main() -> None:
         padding = "max_length" if data_args.pad_to_max_length else False
         result = tokenizer(*texts, padding=padding, max_length=data_args.max_seq_length, truncation=True)
         if "label" in rows:
-            result["label"] = rows["label"] if is_regression else [label_ids[name.lower()] for name in rows["label"]]
+            result["label"] = rows["label"] if is_regression else [label_ids[name] for name in rows["label"]]
         return result
 
     with training_args.main_process_first(desc="preprocessing"):
@@ -373,15 +369,16 @@ def main() -> None:
             metrics["combined_score"] = float(np.mean(list(metrics.values())))
         return metrics
 
-    trainer = AlsalsTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=next(iter(eval_datasets.values()), None),
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        callbacks=[StepSizeCallback()],
-    )
+    with one_line_error(parser):
+        trainer = AlsalsTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=next(iter(eval_datasets.values()), None),
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=[StepSizeCallback()],
+        )
 
     if training_args.do_train:
         train(trainer, lora_args)
@@ -403,7 +400,8 @@ def main() -> None:
         if is_regression:
             answers = [f"{value:.3f}" for value in predictions[:, 0]]
         else:
-            answers = [labels[i].lower() if task else labels[i] for i in predictions.argmax(axis=1)]
+            names = config.id2label | {i: label for label, i in label_ids.items()}
+            answers = [names[i] for i in predictions.argmax(axis=1)]
             if task is not None and task not in SUBMITTED_BY_NAME:
                 answers = [TASKS[task][1].index(answer) for answer in answers]
         name = "predict_results.txt" if task is None else f"{SUBMISSIONS[task]}.tsv"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import ImageOps
 from recipe import (
@@ -25,8 +25,11 @@ from recipe import (
     finish,
     load_config,
     load_model,
+    loading,
     make_parser,
+    match_labels,
     one_line_error,
+    override,
     start,
     train,
 )
@@ -89,8 +92,7 @@ class ImageModelArguments(ModelArguments):
         config = CONFIG_MAPPING[self.model_type]() if self.model_type else ResNetConfig(**SMALL_RESNET)
         if hasattr(config, "image_size"):
             config.image_size = self.image_size or 32
-        if self.config_overrides is not None:
-            config.update_from_string(self.config_overrides)
+        override(config, self.config_overrides)
         return config
 
 
@@ -180,7 +182,11 @@ def load_images(data_args: ImageDataArguments, model_args: ModelArguments, seed:
         if len(rows) == 0:
             raise ValueError(f"the {split} data must hold at least one image, but it is empty.")
         wanted = {"image": data_args.image_column_name, "label": data_args.label_column_name}
+        if len(set(wanted.values())) == 1:
+            raise ValueError(f"image_column_name and label_column_name must differ, got {wanted['label']!r} twice.")
         for kind, column in wanted.items():
+            if column not in rows.column_names and (data_args.train_dir or data_args.validation_dir):
+                raise ValueError(f"{split}_dir must hold a folder of images for each label, two or more.")
             if column not in rows.column_names:
                 raise ValueError(
                     f"{kind}_column_name must be a column of the {split} data ({', '.join(rows.column_names)}), "
@@ -191,19 +197,28 @@ def load_images(data_args: ImageDataArguments, model_args: ModelArguments, seed:
         if not isinstance(images[split].features["image"], Image):
             images[split] = images[split].cast_column("image", Image())
 
+    # The labels by name, in the order of their numbers if there are any.
     first = next(iter(images.values()))
-    labels = first.features["label"]
-    if not isinstance(labels, ClassLabel):
-        labels = ClassLabel(names=[str(label) for label in sorted(set(first["label"]))])
+    feature = first.features["label"]
+    names = feature.names if isinstance(feature, ClassLabel) else None
     for split, rows in images.items():
-        if rows.features["label"] == labels:
-            continue
-        names = rows.features["label"].names if isinstance(rows.features["label"], ClassLabel) else None
-        column = [str(label) if names is None else names[label] for label in rows["label"]]
-        if unknown := sorted(set(column) - set(labels.names)):
-            raise ValueError(f"the {split} data has the label {unknown[0]!r}, the others {', '.join(labels.names)}.")
-        rows = rows.remove_columns("label").add_column("label", [labels.str2int(label) for label in column])
-        images[split] = rows.cast_column("label", labels)
+        feature = rows.features["label"]
+        if not isinstance(feature, (ClassLabel, Value)):
+            raise ValueError(
+                f"label_column_name must be a column of names or numbers, that of the {split} data is not."
+            )
+        column = rows["label"][:]
+        if None in column:
+            raise ValueError(f"the {split} data must have a label for every image, row {column.index(None)} has none.")
+        column = [feature.int2str(label) if isinstance(feature, ClassLabel) else str(label) for label in column]
+        if split == next(iter(images)):
+            present = set(column)
+            # Numbers in their order, not 10 before 2.
+            names = names or [str(label) for label in sorted(set(rows["label"]))]
+        if unknown := sorted(set(column) - present):
+            raise ValueError(f"the {split} data has the label {unknown[0]!r}, the training data {', '.join(names)}.")
+        rows = rows.remove_columns("label").add_column("label", [names.index(label) for label in column])
+        images[split] = rows.cast_column("label", ClassLabel(names=names))
     if "train" in images and "validation" not in images:
         halves = images["train"].train_test_split(data_args.train_val_split, seed=seed)
         images = DatasetDict(train=halves["train"], validation=halves["test"])
@@ -217,7 +232,8 @@ def make_image_processor(model_args: ImageModelArguments, config: PretrainedConf
     if name is None:
         return ViTImageProcessor(size={"height": size, "width": size})
     size = {} if model_args.image_size is None else {"size": {"height": size, "width": size}}
-    return AutoImageProcessor.from_pretrained(name, **size, **model_args.hub_kwargs)
+    with loading("image_processor_name" if model_args.image_processor_name else "model_name_or_path", name):
+        return AutoImageProcessor.from_pretrained(name, **size, **model_args.hub_kwargs)
 
 
 def shift_and_mirror(image: Any) -> Any:
@@ -237,13 +253,12 @@ def main() -> None:
     with one_line_error(parser):
         images = load_images(data_args, model_args, training_args.seed)
     labels = next(iter(images.values())).features["label"].names
-    if len(labels) < 2:
-        parser.error(f"the images must have two labels or more, got only {labels[0]!r}.")
 
     with one_line_error(parser):
         config = load_config(model_args, model_args.new_config)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
+        label_ids = match_labels(config, labels, is_trained=model_args.model_name_or_path is not None)
+        if config.num_labels < 2:
+            raise ValueError(f"the images must have two labels or more, got only {labels[0]!r}.")
         image_processor = make_image_processor(model_args, config)
         model_kwargs = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
         model = load_model(AutoModelForImageClassification, model_args, config, **model_kwargs)
@@ -255,7 +270,7 @@ def main() -> None:
             pictures = [shift_and_mirror(picture) for picture in pictures]
         return {
             "pixel_values": image_processor(pictures, return_tensors="pt")["pixel_values"],
-            "labels": rows["label"],
+            "labels": [label_ids[labels[label]] for label in rows["label"]],
         }
 
     def take(split: str, most: int | None, augment: bool) -> Dataset:
@@ -280,16 +295,17 @@ def main() -> None:
     def compute_metrics(eval_preds: Any) -> dict[str, float]:
         return {"accuracy": accuracy_score(eval_preds.label_ids, eval_preds.predictions.argmax(axis=1))}
 
-    trainer = AlsalsTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=image_processor,
-        data_collator=collate,
-        compute_metrics=compute_metrics,
-        callbacks=[StepSizeCallback()],
-    )
+    with one_line_error(parser):
+        trainer = AlsalsTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=image_processor,
+            data_collator=collate,
+            compute_metrics=compute_metrics,
+            callbacks=[StepSizeCallback()],
+        )
 
     if training_args.do_train:
         train(trainer)

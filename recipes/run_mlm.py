@@ -1,7 +1,8 @@
 """Train a masked language model (BERT and others) from scratch or from a checkpoint, with `--optim alsals`.
 
-The flags are those of transformers' examples/pytorch/language-modeling/run_mlm.py. Without a model it builds a
-small BERT, without data it takes the language reference of Python, without a tokenizer it trains one on the data.
+The flags are those of transformers' examples/pytorch/language-modeling/run_mlm.py, but for line_by_line and
+pad_to_max_length: texts are always joined and cut into blocks. Without a model it builds a small BERT, without data it
+takes the language reference of Python, without a tokenizer it trains one on the data.
 
     python recipes/run_mlm.py --optim alsals --output_dir out
     python recipes/run_mlm.py recipes/configs/bert-mlm.yaml
@@ -87,6 +88,8 @@ class MlmDataArguments(TextDataArguments):
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], MlmModelArguments, MlmDataArguments, AlsalsTrainingArguments)
     model_args, data_args, training_args = start(parser)
+    if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
+        parser.error("max_steps must be set with streaming: the length of the text is not known.")
 
     # Data, tokenizer and config: by name or path, else WordPiece of the data and a small BERT.
     with one_line_error(parser):
@@ -129,17 +132,18 @@ def main() -> None:
         masked = eval_preds.label_ids != -100
         return {"accuracy": accuracy_score(eval_preds.label_ids[masked], eval_preds.predictions[masked])}
 
-    trainer = AlsalsTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability),
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=predictions,
-        callbacks=[StepSizeCallback()],
-    )
+    with one_line_error(parser):
+        trainer = AlsalsTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability),
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=predictions,
+            callbacks=[StepSizeCallback()],
+        )
 
     if training_args.do_train:
         train(trainer)

@@ -82,6 +82,8 @@ class T5DataArguments(TextDataArguments):
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], T5ModelArguments, T5DataArguments, AlsalsTrainingArguments)
     model_args, data_args, training_args = start(parser)
+    if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
+        parser.error("max_steps must be set with streaming: the length of the text is not known.")
 
     # Data, tokenizer and config: by name or path, else bytes and a small T5.
     with one_line_error(parser):
@@ -121,17 +123,18 @@ def main() -> None:
     def compute_metrics(eval_preds: Any) -> dict[str, float]:
         return {"accuracy": accuracy_score(eval_preds.label_ids.reshape(-1), eval_preds.predictions.reshape(-1))}
 
-    trainer = AlsalsTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        data_collator=span_corruption,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=predictions,
-        callbacks=[StepSizeCallback()],
-    )
+    with one_line_error(parser):
+        trainer = AlsalsTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=span_corruption,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=predictions,
+            callbacks=[StepSizeCallback()],
+        )
 
     if training_args.do_train:
         train(trainer)

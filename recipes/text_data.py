@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from recipe import ModelArguments, TextModelArguments, check_counts, check_file, logger
+from recipe import ModelArguments, TextModelArguments, check_counts, check_file, logger, override
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 
@@ -103,8 +103,7 @@ class LanguageModelArguments(TextModelArguments):
         config.pad_token_id = tokenizer.pad_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if self.config_overrides is not None:
-            config.update_from_string(self.config_overrides)
+        override(config, self.config_overrides)
         return config
 
 
@@ -135,9 +134,12 @@ def load_texts(data_args: TextDataArguments, model_args: ModelArguments) -> Data
             arguments["keep_linebreaks"] = data_args.keep_linebreaks
     try:
         texts = load_dataset(path, **arguments)
-    except (DatasetGenerationError, ValueError) as error:
-        source = " and ".join(arguments["data_files"].values()) if "data_files" in arguments else path
-        raise ValueError(f"{source} cannot be read as {path}: {error.__cause__ or error}") from error
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        if "data_files" not in arguments:
+            raise ValueError(f"dataset_name {path!r} cannot be loaded: {reason}") from error
+        source = " and ".join(arguments["data_files"].values())
+        raise ValueError(f"{source} cannot be read as {path}: {reason}") from error
     if "validation" in texts:
         return texts
     train, percentage = texts["train"], data_args.validation_split_percentage
@@ -148,6 +150,10 @@ def load_texts(data_args: TextDataArguments, model_args: ModelArguments) -> Data
                 "validation": train.filter(lambda _, index: index % 100 < percentage, with_indices=True),
             }
         )
+    if len(train) < 2:
+        raise ValueError(
+            "the train text must have two lines or rows, to keep one for validation: add a validation_file."
+        )
     held_out = max(1, len(train) * percentage // 100)
     return DatasetDict(
         {"train": train.select(range(held_out, len(train))), "validation": train.select(range(held_out))}
@@ -156,7 +162,10 @@ def load_texts(data_args: TextDataArguments, model_args: ModelArguments) -> Data
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> float:
     """Return the most tokens that tokenizer and model take, infinity if there is no limit."""
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if "roberta" in config.model_type:  # counts positions from the padding token's on
+        positions -= config.pad_token_id + 1
+    limit = min(tokenizer.model_max_length, positions)
     return math.inf if limit > 1e9 else limit  # tokenizers write 1e30 for none
 
 
@@ -212,6 +221,8 @@ def take_blocks(blocks: DatasetDict | IterableDatasetDict, split: str, most: int
         if len(chosen) == 0:
             raise ValueError(f"the {split} text has fewer tokens than one block: take a smaller {flag}.")
         return chosen if most is None else chosen.select(range(min(most, len(chosen))))
+    if next(iter(chosen), None) is None:
+        raise ValueError(f"the {split} text has fewer tokens than one block: take a smaller {flag}.")
     return chosen if most is None else chosen.take(most)
 
 

@@ -45,6 +45,18 @@ def test_yaml_writes_numbers_its_own_way(tmp_path):
     assert parse(str(path)) == Arguments(rate=1e-3, steps=1000, text=None)
 
 
+def test_a_word_that_yaml_takes_for_a_boolean_stays_a_word(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("text: no\nfast: no\nnames: [on, off]\n")
+    assert parse(str(path)) == Arguments(text="no", fast=False, names=["on", "off"])
+
+
+def test_an_empty_list_is_nothing(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("names: []\n")
+    assert parse(str(path)) == Arguments()
+
+
 def test_flags_alone():
     assert parse("--fast", "false", "--rate", "2") == Arguments(rate=2.0, fast=False)
 

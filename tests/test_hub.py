@@ -112,7 +112,9 @@ def test_a_pushed_adapter_tells_no_path_of_its_base_model_and_is_loaded_onto_it(
     assert "model.safetensors" not in files
     load = f"""
 import peft, transformers
-base = transformers.AutoModelForSequenceClassification.from_pretrained({str(base)!r})
+config = transformers.AutoConfig.from_pretrained("user/tiny")
+assert config.id2label == {{0: "other_topic", 1: "same_topic"}}
+base = transformers.AutoModelForSequenceClassification.from_pretrained({str(base)!r}, config=config)
 peft.PeftModel.from_pretrained(base, "user/tiny")
 """
     loaded = python(tmp_path, hub.url, "-c", load)

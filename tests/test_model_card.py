@@ -41,6 +41,23 @@ def test_no_secret_and_no_path_gets_into_a_card(trained, tmp_path):
     text = (tmp_path / "model" / "README.md").read_text()
     for secret in (str(tmp_path), "hf_secret", socket.gethostname()):
         assert secret not in text
+    assert "This model is a fine-tuned version of a local model on" in text
+
+
+def test_the_results_of_the_last_evaluation_are_in_the_metadata(tmp_path):
+    args = arguments(tmp_path, optim="alsals", eval_strategy="steps", eval_steps=3)
+    data = {"one": Sequences(), "two": Sequences(5)}
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), eval_dataset=data)
+    trainer.train()
+    trainer.create_model_card(dataset_tags="user/sequences", dataset="Sequences", dataset_args="short")
+    card = ModelCard.load(tmp_path / "README.md")
+    last = {key: entry[key] for entry in trainer.state.log_history for key in entry if key.endswith("_loss")}
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert set(results) == {"one_loss", "two_loss"}
+    for name, result in results.items():
+        assert result.metric_value == last[f"eval_{name}"]
+        assert (result.dataset_type, result.dataset_config) == ("user/sequences", "short")
+        assert result.task_type == "text-generation"
 
 
 def test_the_card_of_another_optimizer_is_the_trainers_own(tmp_path):

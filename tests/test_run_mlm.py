@@ -39,8 +39,11 @@ def test_the_embedded_text_is_learned_and_the_model_fills_masks(tmp_path, monkey
     assert 0 < results(output)["eval_accuracy"] < 1
     model = AutoModelForMaskedLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
-    logits = model(**tokenizer("the [MASK] of", return_tensors="pt")).logits
-    assert logits.shape == (1, 5, len(tokenizer)) == (1, 5, model.config.vocab_size)
+    inputs = tokenizer("the [MASK] of", return_tensors="pt")
+    assert (inputs.input_ids == tokenizer.mask_token_id).sum() == 1
+    logits = model(**inputs).logits
+    assert logits.shape == (*inputs.input_ids.shape, len(tokenizer))
+    assert model.config.vocab_size == len(tokenizer)
     again = tmp_path / "again"
     run(monkeypatch, "--model_name_or_path", output, *TINY, "--max_seq_length", 64, "--do_eval", "--output_dir", again)
     # Not the same masks, so not the same loss.

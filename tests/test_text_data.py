@@ -4,7 +4,7 @@ import pytest
 import recipe
 import text_data
 from datasets import Dataset, DatasetDict
-from transformers import BertConfig, ByT5Tokenizer, GPT2Config, TrainingArguments
+from transformers import BertConfig, ByT5Tokenizer, GPT2Config, RobertaConfig, TrainingArguments
 
 
 def test_the_topics_are_split_without_overlap():
@@ -68,3 +68,15 @@ def test_the_card_names_hub_data_and_keeps_quiet_of_files(tmp_path):
     assert (hub["dataset_tags"], hub["dataset_args"]) == ("wikimedia/wikipedia", "20231101.en")
     (tmp_path / "secret.txt").write_text("text")
     assert "secret" not in str(card(train_file=str(tmp_path / "secret.txt")))
+
+
+def test_roberta_counts_positions_from_its_padding_token_on():
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert text_data.longest_input(tokenizer, RobertaConfig(max_position_embeddings=66)) == 64
+
+
+def test_one_line_cannot_be_trained_on_and_evaluated_on(tmp_path):
+    (tmp_path / "one.txt").write_text("one line")
+    args = text_data.TextDataArguments(train_file=str(tmp_path / "one.txt"))
+    with pytest.raises(ValueError, match="the train text must have two lines or rows to keep one to evaluate"):
+        text_data.load_texts(args, recipe.ModelArguments())
