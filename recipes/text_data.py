@@ -151,9 +151,7 @@ def load_texts(data_args: TextDataArguments, model_args: ModelArguments) -> Data
             }
         )
     if len(train) < 2:
-        raise ValueError(
-            "the train text must have two lines or rows, to keep one for validation: add a validation_file."
-        )
+        raise ValueError("the train text must have two lines or rows to keep one to evaluate: name a validation_file.")
     held_out = max(1, len(train) * percentage // 100)
     return DatasetDict(
         {"train": train.select(range(held_out, len(train))), "validation": train.select(range(held_out))}
