@@ -245,12 +245,13 @@ def load_tokenizer(model_args: TextModelArguments) -> PreTrainedTokenizerBase | 
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """Train a small tokenizer on texts: byte pairs, as RoBERTa has them, with the special tokens of BERT."""
+    """Train a small tokenizer on texts: BERT's words and special tokens, RoBERTa's byte pairs in the words."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     special["mask_token"] = "[MASK]"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    words, byte_level = pre_tokenizers.BertPreTokenizer(), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     # WordPiece would number its tokens differently in every process.
     trainer = trainers.BpeTrainer(

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, dict[str, str]] = {
     "adamw_torch_fused": {"optim": "adamw_torch_fused"},
     "adamw_torch": {"optim": "adamw_torch"},
     "alsals": {"optim": "alsals"},
-    "alsals, search_interval=adaptive": {"optim": "alsals", "optim_args": "search_interval=adaptive"},
+    "alsals, search_interval=10": {"optim": "alsals", "optim_args": "search_interval=10"},
     "alsals, probe_micro_batches=1": {"optim": "alsals", "optim_args": "probe_micro_batches=1"},
     "schedule_free_adamw": {"optim": "schedule_free_adamw"},
     "prodigy": {"package": "prodigyopt"},
@@ -60,7 +60,7 @@ class OverheadArguments:
         default_factory=lambda: [1, 4], metadata={"help": "Micro-batches in an optimizer step, one table for each."}
     )
     warmup: int = field(default=10, metadata={"help": "Optimizer steps of a run that do not count."})
-    steps: int = field(default=15, metadata={"help": "Optimizer steps of a run that count."})
+    steps: int = field(default=20, metadata={"help": "Optimizer steps of a run that count."})
     rounds: int = field(default=3, metadata={"help": "Runs of each optimizer."})
     bf16: bool = field(default=False, metadata={"help": "Whether to train in bfloat16 autocast."})
     torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model."})
