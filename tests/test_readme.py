@@ -36,6 +36,15 @@ def test_the_results_are_those_of_the_committed_json():
         assert len(rows) == 1 and rows[0].endswith(f"| {', '.join(values)} |"), (name, rows)
 
 
+def test_the_times_are_those_of_the_committed_json():
+    path = Path(__file__).parent.parent / "recipes" / "benchmarks" / "overhead.json"
+    for row in json.loads(path.read_text())["rows"]:
+        assert (
+            f"| {row['accumulation']} | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} "
+            f"| {row['probes']:.2f} | {row['peak_ratio']:.2f} |"
+        ) in README
+
+
 def test_the_option_table_names_every_option_and_its_default():
     from hf_alsals import ALSALS
 

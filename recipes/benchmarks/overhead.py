@@ -296,7 +296,7 @@ def draw(rows: list[dict[str, Any]], breakdown: dict[str, float], path: str) -> 
     ratio_axes.invert_yaxis()
     ratio_axes.axvline(1, color="black", linewidth=0.8)
     ratio_axes.set_xlabel(f"step time, times {BASELINE}")
-    ratio_axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(counts), frameon=False)
     part_axes.barh(list(breakdown), [100 * share for share in breakdown.values()])
     part_axes.invert_yaxis()
     part_axes.set_xlabel("share of a step of alsals, %")
