@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 def server(monkeypatch):
     # The client would upload through its Xet extension; it reads this constant again at each upload.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer() as server:
         yield server
 
