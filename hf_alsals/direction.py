@@ -86,11 +86,13 @@ class AdamDirection:
         return self._inner_product(with_momentum=False)
 
     def remember(self) -> None:
-        """Note where the parameters are. The gradients are lost where they are of the dtype of the parameters."""
+        """Note where the parameters are, in the memory of the gradients; `.grad` is `None` from then on."""
         for chunk in self.chunks:
             chunk.starts = [
                 grad.copy_(p) if grad.dtype == p.dtype else p.clone() for grad, p in zip(chunk.grads, chunk.params)
             ]
+        for p in self.params:
+            p.grad = None  # no gradient any more, even where a probe raises
 
     def restore(self) -> None:
         """Put the parameters back, to the bit, to where they were at the last `remember()`."""

@@ -180,8 +180,8 @@ class ALSALS(torch.optim.Optimizer):
     ) -> Tensor | float | None:
         """Take one step along Adam's direction, with the step size of the line search.
 
-        The gradients are in `.grad` already; a search takes their memory, and `.grad` is `None` after it. If the
-        closure raises, parameters and search are where they were; Adam's moments have taken up the gradients by then.
+        The gradients are in `.grad` already; a search takes their memory, and `.grad` is `None` after it, even if the
+        closure raises. Parameters and search are where they were then; Adam's moments have taken up the gradients.
 
         Args:
             closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
@@ -238,9 +238,6 @@ class ALSALS(torch.optim.Optimizer):
         for group, direction in directions:
             step = group["lr"] * step_size
             direction.move(step, decay=step * group["weight_decay"])
-        if self.searched:
-            for p in params:
-                p.grad = None  # the search has used its memory
         return loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -190,8 +190,10 @@ class AlsalsTrainerMixin:
         """Save the Trainer's state, naming the best checkpoint without its path."""
         best_model_checkpoint = self.state.best_model_checkpoint
         self.state.best_model_checkpoint = without_local_paths(best_model_checkpoint)
-        super().save_state()
-        self.state.best_model_checkpoint = best_model_checkpoint
+        try:
+            super().save_state()
+        finally:
+            self.state.best_model_checkpoint = best_model_checkpoint
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository on the Hub; where that fails, warn, train, and try again in `push_to_hub`.
@@ -208,12 +210,11 @@ class AlsalsTrainerMixin:
             self.hub_model_id = self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
             logger.warning(f"The Hub did not open the repository {self.hub_model_id}: {' '.join(str(error).split())}")
 
-    def push_to_hub(self, *args: Any, token: str | None = None, **kwargs: Any) -> Any:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model, write the model card and push the output directory to the Hub.
 
         Args:
-            token (`str`, *optional*): The Hub token, `args.hub_token` if left out.
-            args, kwargs: Passed on to the Trainer, `commit_message`, `blocking` and the fields of the card among them.
+            args, kwargs: Passed on to the Trainer: `commit_message`, `blocking`, `token` and the fields of the card.
 
         Returns:
             `CommitInfo`, or a `Future` of it if `blocking=False`.
@@ -222,9 +223,9 @@ class AlsalsTrainerMixin:
             Exception: What the Hub or the network answered; the results are on disk by then.
         """
         if self._hub_failed:
-            self.init_hf_repo(token=token)
+            self.init_hf_repo(token=kwargs.get("token", args[2] if len(args) > 2 else None))
         try:
-            return super().push_to_hub(*args, token=token, **kwargs)
+            return super().push_to_hub(*args, **kwargs)
         except Exception:
             output_dir = self.args.output_dir
             logger.error(

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -220,8 +219,3 @@ def test_the_trained_tokenizer_has_the_special_tokens_of_bert(tmp_path):
 def test_a_bad_adapter_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         recipe.LoraArguments(**kwargs)
-
-
-def test_the_summary_of_benchmarks_is_json():
-    for path in (Path(recipe.__file__).parent / "benchmarks").glob("*.json"):
-        assert json.loads(path.read_text())
