@@ -6,6 +6,7 @@ from .argument_parser import AlsalsArgumentParser
 from .line_search import ArmijoLineSearch
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
+from .path_search import PathSearch
 from .trainer import AlsalsSeq2SeqTrainer, AlsalsTrainer, AlsalsTrainerMixin
 from .training_args import AlsalsArgumentsMixin, AlsalsSeq2SeqTrainingArguments, AlsalsTrainingArguments
 
@@ -21,4 +22,5 @@ __all__ = [
     "AlsalsTrainingArguments",
     "ArmijoLineSearch",
     "LossReplay",
+    "PathSearch",
 ]

@@ -53,7 +53,7 @@ class AdamDirection:
         self.chunks = [Chunk()]
         size = 0
         for p, state in zip(params, states):
-            if not state:
+            if "step" not in state:
                 # Moments of bfloat16 and float16 parameters would stall or underflow in their own dtype.
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 state["step"] = torch.tensor(0.0)
@@ -134,6 +134,22 @@ class AdamDirection:
                 for grad, direction, (correction, _) in zip(grads, directions, chunk.bias_corrections)
             ]
         return sum_over_shards(products, [owner for chunk in self.chunks for owner in chunk.owners])
+
+
+def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> float:
+    """Return the inner product of the gradients and the way back to the start of training.
+
+    Args:
+        params (`list[Tensor]`): Parameters with gradients.
+        states (`list[dict]`): Their optimizer states, which hold the parameters of the start as `start`.
+    """
+    products, owners = [], []
+    for p, state in zip(params, states):
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        for piece, grad, start in _cut((p, p.grad, state["start"])):
+            products.append(torch.dot((start.to(dtype) - piece).flatten(), grad.to(dtype).flatten()))
+            owners.append(p)
+    return sum_over_shards(products, owners)
 
 
 def _chunk_size(tensor: Tensor) -> int:

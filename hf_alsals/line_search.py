@@ -5,19 +5,6 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
 
-_STATE = (
-    "step_size",
-    "trial_step_size",
-    "smoothed_slope",
-    "smoothed_decrease",
-    "fast_step_size",
-    "slow_step_size",
-    "steps_until_search",
-    "slope",
-    "decrease",
-    "total_probes",
-)
-
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> None:
     """Raise unless an argument is a valid number.
@@ -58,12 +45,26 @@ class ArmijoLineSearch:
         step_size (`float`): The step size that the last search ended at; `initial_step_size` before the first.
         slope, decrease (`float`): Slope and loss decrease of the last search, unsmoothed; 0.0 before the first.
         probes (`int`), searched (`bool`): Probes of the last optimizer step, and whether it searched at all.
+        accepted (`bool`): Whether the last search ended at a step size with sufficient decrease.
         total_probes (`int`): Probes of all optimizer steps.
 
     Raises:
         TypeError: If an argument is not a number.
         ValueError: If an argument is outside the range given above.
     """
+
+    _state = (
+        "step_size",
+        "trial_step_size",
+        "smoothed_slope",
+        "smoothed_decrease",
+        "fast_step_size",
+        "slow_step_size",
+        "steps_until_search",
+        "slope",
+        "decrease",
+        "total_probes",
+    )
 
     max_probes = 100  # as in the authors' code: 0.9 ** 100 shrinks a step size to 3e-5 of itself
 
@@ -104,11 +105,12 @@ class ArmijoLineSearch:
         self.decrease = 0.0
         self.probes = 0
         self.searched = False
+        self.accepted = True
         self.total_probes = 0
 
     def is_due(self) -> bool:
         """Return whether the next optimizer step is one that searches."""
-        return self.steps_until_search == 0
+        return self.steps_until_search <= 0
 
     def search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
         """Find the step size of this optimizer step (Algorithm 1 of arXiv 2403.18519).
@@ -125,21 +127,18 @@ class ArmijoLineSearch:
             `float`: The accepted step size. After `max_probes` rejections it is the smallest one tried, or 0.0 if not
             even that lowers the loss.
         """
-        smoothed_slope = self.smoothed_slope
-        if math.isfinite(slope):
-            smoothed_slope = self.beta3 * smoothed_slope + (1 - self.beta3) * slope
-        c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
         step_size, probes, decrease = self.trial_step_size, 0, math.nan
         while True:
             last_decrease, decrease = decrease, loss - probe(step_size)
             probes += 1
             smoothed_decrease = self.beta3 * self.smoothed_decrease + (1 - self.beta3) * decrease
-            sufficient = smoothed_decrease >= c * step_size * smoothed_slope or decrease == last_decrease == 0
+            sufficient = smoothed_decrease >= self._bound(step_size, slope) or decrease == last_decrease == 0
             accepted = math.isfinite(decrease) and sufficient
             if accepted or probes == self.max_probes:
                 break
             step_size *= self.decrease_factor
 
+        self._remember(step_size, slope)
         self.step_size = step_size
         if not accepted:  # costs the next search one decrease, not a hundred
             self.trial_step_size *= self.decrease_factor
@@ -147,8 +146,7 @@ class ArmijoLineSearch:
             self.trial_step_size = step_size
         else:
             self.trial_step_size = step_size * self.growth_factor
-        self.smoothed_slope = smoothed_slope
-        self.slope, self.decrease, self.probes, self.searched = slope, decrease, probes, True
+        self.slope, self.decrease, self.probes, self.searched, self.accepted = slope, decrease, probes, True, accepted
         self.total_probes += probes
         self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
         self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size
@@ -163,13 +161,13 @@ class ArmijoLineSearch:
         Returns:
             `float`: The step size of the last search, to be taken unsearched.
         """
-        self.steps_until_search -= 1
+        self.steps_until_search = max(self.steps_until_search - 1, 0)
         self.probes, self.searched = 0, False
         return self.step_size
 
     def state_dict(self) -> dict[str, float | int]:
         """Return the numbers that a resumed search continues from."""
-        return {name: getattr(self, name) for name in _STATE}
+        return {name: getattr(self, name) for name in self._state}
 
     def load_state_dict(self, state_dict: dict[str, float | int]) -> None:
         """Continue from the numbers of `state_dict()`; other keys are ignored.
@@ -180,10 +178,23 @@ class ArmijoLineSearch:
         Raises:
             KeyError: If one of the numbers is missing.
         """
-        for name in _STATE:
+        for name in self._state:
             setattr(self, name, state_dict[name])
         if self.search_interval != "adaptive":
             self.steps_until_search = min(self.steps_until_search, self.search_interval - 1)
+
+    def _smooth(self, slope: float) -> float:
+        if not math.isfinite(slope):
+            return self.smoothed_slope
+        return self.beta3 * self.smoothed_slope + (1 - self.beta3) * slope
+
+    def _bound(self, step_size: float, slope: float) -> float:
+        smoothed_slope = self._smooth(slope)
+        c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
+        return c * step_size * smoothed_slope
+
+    def _remember(self, step_size: float, slope: float) -> None:
+        self.smoothed_slope = self._smooth(slope)
 
     def _interval(self) -> int:
         if self.search_interval != "adaptive":

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .direction import AdamDirection, all_finite
+from .direction import AdamDirection, all_finite, path_slope
 from .line_search import ArmijoLineSearch, check_number
+from .path_search import PathSearch
 
 # Each method of the papers as keyword arguments of ALSALS. adam_sls has the c and the growth (2 in 500 steps) of the
 # authors' package salsa-optimizer 0.1.0.
 PRESETS: dict[str, dict[str, Any]] = {
-    "alsals": {},
-    "alsals_paper": {"growth_factor": 1 / 0.999},
+    "alsals": {"growth": "path"},
+    "alsals_paper": {"growth": "constant", "growth_factor": 1 / 0.999},
     "salsa": {
+        "growth": "constant",
         "c": 0.5,
         "growth_factor": 1.1,
         "decrease_factor": 0.8,
@@ -26,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search_interval": "adaptive",
     },
     "adam_sls": {
+        "growth": "constant",
         "betas": (0.0, 0.999),
         "c": 0.2,
         "beta3": 0.0,
@@ -35,6 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 SLOPES = ("exact", "preconditioned", "finite_difference")
+
+# How the step size grows, and the search that does it.
+SEARCHES: dict[str, type[ArmijoLineSearch]] = {"path": PathSearch, "constant": ArmijoLineSearch}
 
 
 class ALSALS(torch.optim.Optimizer):
@@ -50,7 +56,12 @@ class ALSALS(torch.optim.Optimizer):
         eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction.
         weight_decay (`float`, defaults to 0.0): Decoupled weight decay per unit of step taken, as in AdamW. It is
             applied after the search and is not part of the searched line.
-        c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval: See [`ArmijoLineSearch`].
+        growth (`str`, defaults to `"path"`): How the step size grows. With `"path"` it follows the slope along the
+            path of training, and the search bounds it (see [`PathSearch`]), which takes a copy of the first weights in
+            bfloat16; with `"constant"` it grows by `growth_factor` after each search, as published (see
+            [`ArmijoLineSearch`]).
+        c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval: See [`PathSearch`] and
+            [`ArmijoLineSearch`]; where left out, their own defaults.
         slope (`str`, defaults to `"exact"`): How the slope is measured. `"exact"` is the inner product of gradient and
             direction; `"preconditioned"` leaves momentum out of that direction; `"finite_difference"` probes the loss
             at the step size `sqrt(machine epsilon)` (of the coarsest dtype among the parameters).
@@ -79,24 +90,27 @@ class ALSALS(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        growth: Literal["path", "constant"] = "path",
         c: float = 0.3,
-        beta3: float = 0.99,
-        growth_factor: float = 1.01,
+        beta3: float | None = None,
+        growth_factor: float | None = None,
         decrease_factor: float = 0.9,
         initial_step_size: float = 0.1,
         slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
-        search_interval: int | Literal["adaptive"] = 1,
+        search_interval: int | Literal["adaptive"] | None = None,
     ) -> None:
+        if growth not in SEARCHES:
+            raise ValueError(f"growth must be one of {', '.join(SEARCHES)}, got {growth!r}.")
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
         self.slope_method = slope
-        self.line_search = ArmijoLineSearch(
+        self.growth = growth
+        own_defaults = {"beta3": beta3, "growth_factor": growth_factor, "search_interval": search_interval}
+        self.line_search = SEARCHES[growth](
             c=c,
-            beta3=beta3,
-            growth_factor=growth_factor,
             decrease_factor=decrease_factor,
             initial_step_size=initial_step_size,
-            search_interval=search_interval,
+            **{name: value for name, value in own_defaults.items() if value is not None},
         )
         self.loss = math.nan
         self.search_seconds = 0.0
@@ -207,6 +221,8 @@ class ALSALS(torch.optim.Optimizer):
             closure, loss = earlier_closure, earlier_loss if loss is None else loss
         if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
+            if self.growth == "path":
+                self._path_slope()
             self._directions()
             return None
         if closure is None:
@@ -230,9 +246,17 @@ class ALSALS(torch.optim.Optimizer):
             return loss
         self.consecutive_skips = 0
 
+        before = self.line_search.state_dict()
+        if self.growth == "path":
+            lr = max(group["lr"] for group in self.param_groups)
+            self.line_search.follow(self._path_slope() / float(clip_coef), lr)
         directions = self._directions()
         if self.line_search.is_due():
-            step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
+            try:
+                step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
+            except BaseException:
+                self.line_search.load_state_dict(before)
+                raise
         else:
             step_size = self.line_search.skip()
         for group, direction in directions:
@@ -274,10 +298,18 @@ class ALSALS(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("line_search", "slope_method", "loss", "search_seconds", "skipped_steps", "consecutive_skips")
+        own = ("line_search", "growth", "slope_method", "loss", "search_seconds", "skipped_steps", "consecutive_skips")
         return (
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
+
+    def _path_slope(self) -> float:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in params:
+            if "start" not in self.state[p]:
+                # What rounding adds to the path is random, and so next to nothing along a gradient.
+                self.state[p]["start"] = p.detach().to(torch.bfloat16, copy=True)
+        return path_slope(params, [self.state[p] for p in params])
 
     def _directions(self) -> list[tuple[dict[str, Any], AdamDirection]]:
         directions = []
@@ -333,7 +365,16 @@ def _check_param_group(group: dict[str, Any]) -> None:
         raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
-    searched = {"c", "beta3", "growth_factor", "decrease_factor", "initial_step_size", "slope", "search_interval"}
+    searched = {
+        "c",
+        "beta3",
+        "growth",
+        "growth_factor",
+        "decrease_factor",
+        "initial_step_size",
+        "slope",
+        "search_interval",
+    }
     if named := sorted(searched & set(group)):
         raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
     for param in group["params"]:

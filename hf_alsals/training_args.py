@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from .optimizer import ALSALS, PRESETS
 
 _OPTIM_ARGS = {
+    "growth": str,
     "c": float,
     "beta3": float,
     "growth_factor": float,
@@ -34,9 +35,9 @@ class AlsalsArgumentsMixin:
     Args:
         optim (`str`, defaults to the Trainer's own default): One of the Trainer's optimizers, or `"alsals"`,
             `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
-        optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: `c`, `beta3`,
-            `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval` (see [`ALSALS`]) and
-            `probe_micro_batches` (see [`LossReplay`]).
+        optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: `growth`, `c`,
+            `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval` (see
+            [`ALSALS`]) and `probe_micro_batches` (see [`LossReplay`]).
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
         lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"cosine"` for `alsals` and

