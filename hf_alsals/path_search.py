@@ -26,7 +26,7 @@ class PathSearch(ArmijoLineSearch):
 
     Args:
         c (`float`, defaults to 0.3): Share of the predicted decrease that must be reached, in (0, 1).
-        beta3 (`float`, defaults to 0.9): Decay of the averages of decreases and predicted decreases, in [0, 1).
+        beta3 (`float`, defaults to 0.5): Decay of the averages of decreases and predicted decreases, in [0, 1).
         growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
@@ -59,7 +59,7 @@ class PathSearch(ArmijoLineSearch):
     def __init__(
         self,
         c: float = 0.3,
-        beta3: float = 0.9,
+        beta3: float = 0.5,
         growth_factor: float = 1.03,
         decrease_factor: float = 0.9,
         initial_step_size: float = 0.1,
