@@ -305,11 +305,13 @@ class ALSALS(torch.optim.Optimizer):
 
     def _path_slope(self) -> float:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        started = [p for p in params if "start" in self.state[p]]
+        slope = path_slope(started, [self.state[p] for p in started])
         for p in params:
             if "start" not in self.state[p]:
                 # What rounding adds to the path is random, and so next to nothing along a gradient.
                 self.state[p]["start"] = p.detach().to(torch.bfloat16, copy=True)
-        return path_slope(params, [self.state[p] for p in params])
+        return slope
 
     def _directions(self) -> list[tuple[dict[str, Any], AdamDirection]]:
         directions = []

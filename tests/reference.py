@@ -1,4 +1,7 @@
-"""The published ALSALS algorithm (arXiv 2403.18519) in its plainest form: the optimizer is tested against it."""
+"""The published ALSALS algorithm (arXiv 2403.18519), and the default of this package, in their plainest form.
+
+The optimizer is tested against them.
+"""
 
 import torch
 
@@ -36,4 +39,44 @@ def alsals_reference(
         step_sizes.append(eta)
         losses.append(loss)
         eta = eta * growth_factor
+    return step_sizes, losses, w
+
+
+def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
+    """Minimize `f(w, k)` from the flat float64 tensor `w`, with the step size that follows the slope along the path.
+
+    `lrs` are the learning rates of all steps, `start_size` the step size of the first one; every step searches until
+    the learning rate is below half of its peak.
+
+    Returns:
+        The step size of each step, the loss that each step started from, and the last `w`.
+    """
+    w = w.clone()
+    w_0 = w.bfloat16().double()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    eta, h, q, path, size = start_size, 0.0, 0.0, 0.0, 0.0
+    step_sizes, losses = [], []
+    for k, lr in enumerate(lrs):
+        w_grad = w.clone().requires_grad_()
+        loss = f(w_grad, k)
+        (g,) = torch.autograd.grad(loss, w_grad)
+        loss = loss.item()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+
+        if k > 0 and lr >= 0.5 * max(lrs[: k + 1]):
+            slope = (g * (w_0 - w)).sum().item()
+            path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
+            eta *= growth_factor ** (path / size + 0.3)
+            while True:
+                new_h = beta3 * h + (1 - beta3) * (loss - f(w - eta * d, k).item())
+                new_q = beta3 * q + (1 - beta3) * eta * (g * d).sum().item()
+                if new_h >= (c if new_q > 0 else 1 / c) * new_q:
+                    break
+                eta *= decrease_factor
+            h, q = new_h, new_q
+
+        w = w - lr * eta * d
+        step_sizes.append(eta)
+        losses.append(loss)
     return step_sizes, losses, w

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from reference import alsals_reference
+from reference import alsals_reference, path_reference
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -1226,3 +1226,70 @@ def test_gradients_are_gone_after_a_search_only(search_interval):
         loss.backward()
         optimizer.step(lambda: (w**2).sum(), loss)
         assert (w.grad is None) == searches == optimizer.searched
+
+
+# ---- the step size that follows the slope along the path ----
+
+
+def cosine(steps):
+    return [0.5 * (1 + math.cos(math.pi * k / steps)) for k in range(steps)]
+
+
+@pytest.mark.parametrize("lrs", [[1.0] * 200, cosine(200)], ids=["constant", "cosine"])
+@pytest.mark.parametrize("initial_step_size", [1e-4, 0.1, 10.0])
+def test_path_search_follows_its_reference(initial_step_size, lrs):
+    net = make_net()
+    w = flat(net.parameters())
+    optimizer = hf_alsals.ALSALS(net.parameters(), initial_step_size=initial_step_size, search_interval=1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: lrs[min(k, len(lrs) - 1)])
+    history = []
+    for k in range(200):
+        history += train(net, optimizer, [k])
+        scheduler.step()
+    step_sizes, losses, w = path_reference(flat_net_loss(net), w, lrs, history[0][0])
+    assert [step_size for step_size, _ in history] == pytest.approx(step_sizes, rel=1e-9)
+    assert [loss for _, loss in history] == pytest.approx(losses, rel=1e-8)
+    torch.testing.assert_close(flat(net.parameters()), w, rtol=1e-9, atol=1e-9)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_path_slope_is_that_of_the_unclipped_gradient_towards_the_first_weights():
+    w = single([1.0, -2.0])  # both are bfloat16 numbers
+    optimizer = hf_alsals.ALSALS([w], initial_step_size=0.5, growth_factor=2.0)
+    for _ in range(2):
+        here = w.detach().clone()
+        loss = (w**2).sum()
+        (gradient,) = torch.autograd.grad(loss, w)
+        w.grad = 0.25 * gradient
+        optimizer.set_closure(lambda: (w**2).sum(), loss, clip_coef=0.25)
+        optimizer.step()
+    slope = (gradient @ (torch.tensor([1.0, -2.0], dtype=torch.float64) - here)).item()
+    assert optimizer.line_search.smoothed_path_slope == pytest.approx(0.1 * slope)
+
+
+def test_a_step_that_fails_in_a_probe_leaves_the_followed_step_size_where_it_was():
+    net = make_net()
+    optimizer = hf_alsals.ALSALS(net.parameters(), search_interval=1)
+    train(net, optimizer, range(5))
+    before = optimizer.line_search.state_dict()
+
+    def fail():
+        raise KeyboardInterrupt
+
+    loss = net_loss(net, 5)
+    loss.backward()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fail, loss)
+    assert optimizer.line_search.state_dict() == before
+
+
+def test_the_first_weights_are_kept_in_bfloat16_and_resumed():
+    net = make_net(torch.float32)
+    before = snapshot(net.parameters())
+    optimizer = hf_alsals.ALSALS(net.parameters())
+    train(net, optimizer, range(3))
+    resumed = hf_alsals.ALSALS(net.parameters())
+    resumed.load_state_dict(optimizer_state(optimizer))
+    for p, start in zip(net.parameters(), before, strict=True):
+        assert_identical(optimizer.state[p]["start"], start.bfloat16())
+        assert_identical(resumed.state[p]["start"], start.bfloat16())

@@ -1,0 +1,176 @@
+import math
+
+import pytest
+
+from hf_alsals import PathSearch
+
+
+def quadratic(a, b):
+    """Return the loss at a step size, 0 at step size 0, with the slope `a` and the curvature `b`."""
+    return lambda step_size: -a * step_size + 0.5 * b * step_size**2
+
+
+def started(**arguments):
+    """Return a search whose first search is over, at the step size 0.1."""
+    search = PathSearch(search_interval=1, **arguments)
+    search.search(0.0, 1.0, quadratic(1.0, 1.0))
+    search.step_size = search.trial_step_size = 0.1
+    return search
+
+
+@pytest.mark.parametrize("initial_step_size", [1e-6, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize(("a", "b", "c"), [(2.0, 5.0, 0.3), (1e-3, 40.0, 0.5), (100.0, 3.0, 0.1)])
+def test_the_first_search_finds_the_largest_sufficient_step_size_from_anywhere(initial_step_size, a, b, c):
+    search = PathSearch(c=c, initial_step_size=initial_step_size)
+    step_size = search.search(0.0, a, quadratic(a, b))
+    largest = 2 * (1 - c) * a / b  # where the decrease is c times the prediction
+    assert largest / 2**0.125 <= 10 * step_size <= largest * (1 + 1e-9)
+    assert step_size == search.step_size
+    assert search.probes <= 30
+
+
+@pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
+def test_the_first_search_waits_for_a_slope(slope):
+    search = PathSearch()
+    assert search.search(0.0, slope, quadratic(1.0, 1.0)) == 0.0
+    assert not search.started
+    assert search.is_due()
+    assert search.search(0.0, 1.0, quadratic(1.0, 1.0)) > 0
+
+
+def test_the_first_search_gives_up_where_no_step_size_is_sufficient():
+    search = PathSearch()
+    assert search.search(0.0, 1.0, lambda step_size: 1.0) == 0.0
+    assert search.probes == 30
+    assert not search.started
+
+
+def test_the_first_search_ends_on_a_loss_that_falls_for_ever():
+    search = PathSearch()
+    assert 0 < search.search(0.0, 1.0, lambda step_size: -step_size) < math.inf
+    assert search.started
+
+
+def test_a_loss_that_is_not_finite_is_not_sufficient():
+    search = PathSearch(initial_step_size=1.0)
+    step_size = search.search(0.0, 1.0, lambda step_size: -step_size if step_size < 0.01 else -math.inf)
+    assert 0.01 / 2**0.125 <= 10 * step_size < 0.01
+
+
+def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their_sizes():
+    search = started(growth_factor=1.2)
+    slopes = [3.0, 1.0, -2.0, 5.0, -0.5]
+    expected = 0.1
+    for k in range(1, len(slopes) + 1):
+        weights = [0.9 ** (k - 1 - i) for i in range(k)]
+        average = sum(w * s for w, s in zip(weights, slopes[:k], strict=True))
+        size = sum(w * abs(s) for w, s in zip(weights, slopes[:k], strict=True))
+        expected *= 1.2 ** (average / size + 0.3)
+        search.follow(slopes[k - 1], lr=1.0)
+        assert search.path_slope == pytest.approx(average / size)
+        assert search.step_size == pytest.approx(expected)
+
+
+def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
+    longer, shorter = started(), started()
+    for _ in range(10):
+        longer.follow(1.0, lr=1.0)
+        shorter.follow(-1.0, lr=1.0)
+    assert longer.step_size == pytest.approx(0.1 * 1.03**13)
+    assert shorter.step_size == pytest.approx(0.1 * 1.03**-7)
+
+
+@pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])
+def test_a_path_slope_that_is_not_finite_is_left_out(path_slope):
+    search = started()
+    search.follow(path_slope, lr=1.0)
+    assert search.step_size == 0.1
+    assert search.path_slope == 0.0
+
+
+def test_no_path_is_no_reason_to_grow():
+    search = started()
+    search.follow(0.0, lr=1.0)
+    assert search.step_size == 0.1
+
+
+def test_below_half_of_the_peak_learning_rate_nothing_is_followed_or_searched():
+    search = started()
+    for lr in (0.0, 0.2, 0.4, 0.3, 0.2):  # a warm-up, and the first half of what follows
+        search.follow(1.0, lr)
+        assert search.is_due()
+    step_size = search.step_size
+    assert step_size > 0.1
+    for _ in range(25):
+        search.follow(1.0, lr=0.199)
+        assert not search.is_due()
+        assert search.skip() == step_size
+    search.follow(1.0, lr=0.4)  # a restart
+    assert search.is_due()
+    assert search.step_size > step_size
+
+
+def test_the_smoothed_decrease_has_to_be_c_times_the_smoothed_prediction():
+    search = started(c=0.4, beta3=0.75)
+    a = 2.0
+    h = q = 0.0
+    for b in (1.0, 60.0, 5.0, 200.0, 3.0):
+        step_size, probes = search.step_size, 1
+        while True:
+            new_h = 0.75 * h - 0.25 * quadratic(a, b)(step_size)
+            new_q = 0.75 * q + 0.25 * step_size * a
+            if new_h >= 0.4 * new_q:
+                break
+            step_size, probes = 0.9 * step_size, probes + 1
+        h, q = new_h, new_q
+        assert search.search(0.0, a, quadratic(a, b)) == pytest.approx(step_size)
+        assert search.probes == probes
+        assert search.step_size == search.trial_step_size == pytest.approx(step_size)
+
+
+def test_uphill_the_loss_may_rise_by_one_over_c_of_the_prediction():
+    search = started(c=0.5, beta3=0.0)
+    assert search.search(0.0, -1.0, lambda step_size: 1.9 * step_size) == 0.1
+    assert search.search(0.0, -1.0, lambda step_size: 2.1 * step_size if step_size > 0.05 else 0.0) < 0.05
+
+
+def test_a_search_that_fails_costs_one_decrease():
+    search = started()
+    assert search.search(0.0, 1.0, lambda step_size: math.nan) == 0.0
+    assert search.step_size == pytest.approx(0.09)
+    assert search.is_due()
+
+
+@pytest.mark.parametrize("probes_before", [0, 1, 4])
+def test_a_probe_that_raises_leaves_the_search_as_it_was(probes_before):
+    for search in (PathSearch(), started()):
+        before = search.state_dict()
+        left = [0.0] * probes_before
+
+        def probe(step_size, left=left):
+            if not left:
+                raise RuntimeError("out of memory")
+            return left.pop() + 1.0
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            search.search(0.0, 1.0, probe)
+        assert search.state_dict() == before
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 7])
+def test_a_loaded_search_continues_identically(saved_after):
+    def steps(search, numbers):
+        history = []
+        for k in numbers:
+            search.follow(math.cos(k), lr=1.0 if k < 15 else 0.4)
+            if search.is_due():
+                search.search(0.0, 1.0 + math.sin(k), quadratic(1.0 + math.sin(k), 3.0 + k))
+            else:
+                search.skip()
+            history.append((search.step_size, search.probes))
+        return history
+
+    search, resumed = PathSearch(), PathSearch()
+    steps(search, range(saved_after))
+    resumed.load_state_dict(search.state_dict())
+    assert steps(resumed, range(saved_after, 20)) == steps(search, range(saved_after, 20))
