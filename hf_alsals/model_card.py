@@ -72,7 +72,7 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
     search = alsals.line_search
     numbers = ("c", "beta3", "growth_factor", "decrease_factor", "initial_step_size")
     options = [f"{name} {getattr(search, name):.6g}" for name in numbers]
-    options += [f"slope {alsals.slope_method}", f"search_interval {search.search_interval}"]
+    options += [f"growth {alsals.growth}", f"slope {alsals.slope_method}", f"search_interval {search.search_interval}"]
     rows = {
         "optimizer": f"`{optim}`" if optim in PRESETS else "ALSALS",
         "options": ", ".join(options),

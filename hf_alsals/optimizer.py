@@ -67,7 +67,7 @@ class ALSALS(torch.optim.Optimizer):
             at the step size `sqrt(machine epsilon)` (of the coarsest dtype among the parameters).
 
     Attributes:
-        step_size (`float`): The step size that the last search ended at.
+        step_size (`float`): The step size of the last step, before `lr` multiplied it.
         slope, decrease (`float`): Slope and loss decrease that the last search measured, in units of the loss.
         probes (`int`), searched (`bool`): Probes of the last step, without that of a finite difference, and whether it
             searched.
@@ -139,7 +139,7 @@ class ALSALS(torch.optim.Optimizer):
 
     @property
     def step_size(self) -> float:
-        """The step size that the last search ended at; before the first the one that it starts from."""
+        """The step size of the last step before `lr`; before the first search the one that it starts from."""
         return self.line_search.step_size
 
     @property

@@ -23,6 +23,7 @@ from .hub import PublishedArguments, is_local_path, remove_local_base_model, wit
 from .loss_replay import LossReplay
 from .model_card import add_results_to_card, add_search_to_card, correct_start_in_card
 from .optimizer import ALSALS, PRESETS
+from .path_search import PathSearch
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class AlsalsTrainerMixin:
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the step size, slope, decrease and probes per step beside the training loss.
+        """Log, with the step size, slope, decrease, path slope and probes per step beside the training loss.
 
         Args:
             logs (`dict[str, float]`): The values to log.
@@ -171,6 +172,8 @@ class AlsalsTrainerMixin:
             logs["learning_rate"] = logs["step_size"] = self.alsals.step_size
             logs["slope"] = self.alsals.slope
             logs["decrease"] = self.alsals.decrease
+            if isinstance(self.alsals.line_search, PathSearch):
+                logs["path_slope"] = self.alsals.line_search.path_slope
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)
 

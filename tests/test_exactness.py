@@ -138,7 +138,9 @@ def test_batch_norm_moves_once_for_each_training_forward_pass(tmp_path):
 def test_with_a_constant_accepted_step_size_training_is_adamw_to_the_bit(clipping, tmp_path):
     common = {"max_grad_norm": clipping, "weight_decay": 0.1, "lr_scheduler_type": "constant", "max_steps": 12}
     model, dataset = build("gpt2")
-    args = arguments(tmp_path, optim_args="c=1e-9,growth_factor=1,initial_step_size=1e-4,beta3=0", **common)
+    args = arguments(
+        tmp_path, optim_args="growth=constant,c=1e-9,growth_factor=1,initial_step_size=1e-4,beta3=0", **common
+    )
     ours = AlsalsTrainer(model, args, train_dataset=dataset)
     ours.train()
     assert ours.alsals.line_search.total_probes == 12

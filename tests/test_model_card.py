@@ -24,8 +24,8 @@ def test_the_card_says_how_the_step_size_was_found(trained, tmp_path):
     search = trained.alsals.line_search
     for row in (
         "| optimizer | `salsa` |",
-        "c 0.4, beta3 0.99, growth_factor 1.1, decrease_factor 0.8, initial_step_size 0.1, slope preconditioned, "
-        "search_interval adaptive",
+        "c 0.4, beta3 0.99, growth_factor 1.1, decrease_factor 0.8, initial_step_size 0.1, growth constant, "
+        "slope preconditioned, search_interval adaptive",
         f"| last step size | {search.step_size:.4g} |",
         f"| probes per step | {search.total_probes / 6:.2f} |",
         "![Loss and step size over the optimizer steps](step_size.png)",

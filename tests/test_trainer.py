@@ -96,7 +96,7 @@ def training_logs(trainer):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(preset, tmp_path):
-    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, optim=preset, max_steps=40), train_dataset=Sequences())
+    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, optim=preset, max_steps=100), train_dataset=Sequences())
     trainer.train()
     losses = [entry["loss"] for entry in training_logs(trainer)]
     assert sum(losses[-5:]) / 5 < losses[0] - 0.3
@@ -184,6 +184,7 @@ def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
         assert entry["learning_rate"] == entry["step_size"] > 0
         assert entry["slope"] > 0
         assert math.isfinite(entry["decrease"])
+        assert -1 <= entry["path_slope"] <= 1
         assert {name: entry[name] for name in seen} == seen
     assert logs[-1]["step_size"] == trainer.alsals.step_size
     assert sum(entry["probes"] * 3 for entry in logs) == pytest.approx(trainer.alsals.line_search.total_probes)
