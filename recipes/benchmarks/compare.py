@@ -42,10 +42,6 @@ class Task:
     higher_is_better: bool = False
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
 
-    def better(self, a: float, b: float) -> bool:
-        """Return whether the metric `a` is better than `b`."""
-        return a > b if self.higher_is_better else a < b
-
 
 FINE_TUNING = (
     "--task_name {0} --train_file {{data_dir}}/glue/{0}/train.json"
@@ -214,54 +210,57 @@ def load(folder: str) -> list[dict[str, Any]]:
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each task, optimizer and learning rate: mean and standard error over seeds, seconds a run."""
+    """Return a row for each task, optimizer and learning rate: means, standard errors over seeds, probes a step."""
     groups = defaultdict(list)
     for one in runs:
         groups[one["task"], one["optimizer"], one["learning_rate"]].append(one)
     rows = []
     for (task, optimizer, learning_rate), group in groups.items():
-        values = [one["results"][TASKS[task].metric] for one in sorted(group, key=lambda one: one["seed"])]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        rows.append(
-            {
-                "task": task,
-                "optimizer": optimizer,
-                "learning_rate": learning_rate,
-                "values": values,
-                "mean": statistics.mean(values),
-                "error": error,
-                "seconds": statistics.median(one["results"]["train_runtime"] for one in group),
-            }
-        )
+        row = {"task": task, "optimizer": optimizer, "learning_rate": learning_rate, "seeds": len(group)}
+        for metric in ("eval_loss", "eval_accuracy", "eval_matthews_correlation"):
+            values = [one["results"][metric] for one in group if metric in one["results"]]
+            if values:
+                row[metric] = statistics.mean(values)
+            if len(values) > 1:
+                row[f"{metric}_error"] = statistics.stdev(values) / math.sqrt(len(values))
+        row["seconds"] = statistics.median(one["results"]["train_runtime"] for one in group)
+        rows.append(row)
     return rows
 
 
 def best_rows(rows: list[dict[str, Any]], task: str, optimizer: str) -> list[dict[str, Any]]:
     """Return the rows of an optimizer on a task, the best first."""
     mine = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
-    return sorted(mine, key=lambda row: row["mean"], reverse=TASKS[task].higher_is_better)
+    return sorted(mine, key=lambda row: row[TASKS[task].metric], reverse=TASKS[task].higher_is_better)
+
+
+def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[str, Any] | None:
+    """Return the row of an optimizer's best learning rate on a task, of those that were run on the most seeds."""
+    mine = best_rows(rows, task, optimizer)
+    # A learning rate that was run on one seed only does not win over one of three by luck.
+    most = max((row["seeds"] for row in mine), default=0)
+    return next((row for row in mine if row["seeds"] == most), None)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
-    lines = [
-        "| task | optimizer | best learning rate of | metric | mean | standard error | seeds | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| task | optimizer | learning rate | seeds | loss | accuracy |", "| --- | --- | --- | --- | --- | --- |"]
+
+    def with_error(row: dict[str, Any], metric: str) -> str:
+        error = f" ± {row[f'{metric}_error']:.3f}" if f"{metric}_error" in row else ""
+        return f"{row[metric]:.3f}{error}" if metric in row else ""
+
     for task in TASKS:
         for optimizer in OPTIMIZERS:
-            mine = best_rows(rows, task, optimizer)
-            if not mine:
+            row = chosen_row(rows, task, optimizer)
+            if row is None:
                 continue
-            # A learning rate that was run on one seed only does not win over one of three by luck.
-            most = max(len(row["values"]) for row in mine)
-            best = next(row for row in mine if len(row["values"]) == most)
-            rate = "none" if best["learning_rate"] is None else f"{best['learning_rate']:g} of {len(mine)}"
-            error = "" if best["error"] is None else f"{best['error']:.3f}"
-            lines.append(
-                f"| {task} | {optimizer} | {rate} | {TASKS[task].metric.removeprefix('eval_')} | {best['mean']:.3f} "
-                f"| {error} | {len(best['values'])} | {best['seconds']:.0f} |"
-            )
+            rate = "none chosen"
+            if row["learning_rate"] is not None:
+                rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
+            score = with_error(row, "eval_accuracy") or with_error(row, "eval_matthews_correlation")
+            loss = with_error(row, "eval_loss")
+            lines.append(f"| {task} | {optimizer} | {rate} | {row['seeds']} | {loss} | {score} |")
     return "\n".join(lines)
 
 
@@ -275,11 +274,10 @@ def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: str) -> N
     grid = figure.subplots(len(tasks), 3, squeeze=False)
     for task, (loss_axes, time_axes, step_size_axes) in zip(tasks, grid, strict=True):
         for optimizer in shown:
-            mine = best_rows(rows, task, optimizer)
-            if not mine:
+            row = chosen_row(rows, task, optimizer)
+            if row is None:
                 continue
-            most = max(len(row["values"]) for row in mine)
-            rate = next(row for row in mine if len(row["values"]) == most)["learning_rate"]
+            rate = row["learning_rate"]
             found = [
                 one for one in runs if (one["task"], one["optimizer"], one["learning_rate"]) == (task, optimizer, rate)
             ]

@@ -1,0 +1,83 @@
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "recipes" / "benchmarks" / "compare.py"
+spec = importlib.util.spec_from_file_location("compare", PATH)
+compare = importlib.util.module_from_spec(spec)
+sys.modules["compare"] = compare
+spec.loader.exec_module(compare)
+
+
+def test_a_matrix_is_run_once_and_grown(monkeypatch, tmp_path, capsys):
+    task = compare.Task("run_image_classification.py", "--max_steps 4", learning_rates=(1e-4, 1e-2, 1e-3))
+    monkeypatch.setattr(compare, "TASKS", {"digits": task})
+    results = tmp_path / "results"
+
+    def main(*seeds):
+        flags = ["--tasks", "digits", "--results", str(results), "--seeds", *seeds, "--jobs", "2"]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+        compare.main()
+        return {path.name: path.read_text() for path in results.iterdir()}
+
+    first = main("1")
+    runs = {name: json.loads(text) for name, text in first.items()}
+    assert set(runs) == {"digits-alsals-seed1.json"} | {
+        f"digits-adamw-{rate}-seed1.json" for rate in ("0.0001", "0.001", "0.01")
+    }
+    assert capsys.readouterr().out.count(" seed 1: ") == 4
+    assert tmp_path.joinpath("results.png").stat().st_size > 10_000
+    run = runs["digits-adamw-0.01-seed1.json"]
+    assert "--learning_rate 0.01 --lr_scheduler_type cosine" in run["command"]
+    assert str(tmp_path) not in json.dumps(runs)
+    assert [entry["step"] for entry in run["curve"]] == [1]
+    assert run["revision"] and run["versions"]["torch"] and run["results"]["train_runtime"] > 0
+
+    second = main("1", "2")
+    assert {name: second[name] for name in first} == first
+    by_loss = sorted(
+        (1e-4, 1e-3, 1e-2), key=lambda rate: runs[f"digits-adamw-{rate:g}-seed1.json"]["results"]["eval_loss"]
+    )
+    grown = {"digits-alsals-seed2.json"} | {f"digits-adamw-{rate:g}-seed2.json" for rate in by_loss[:2]}
+    assert set(second) - set(first) == grown
+
+
+def row(optimizer, learning_rate, loss, seed):
+    results = {"eval_loss": loss, "train_runtime": 10.0 * seed}
+    return {
+        "task": "bert-mlm",
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "results": results,
+    }
+
+
+def test_means_have_their_standard_error_and_one_lucky_seed_does_not_win():
+    losses = [2.0, 2.5, 2.1]
+    runs = [row("adamw", 1e-3, loss, seed) for seed, loss in enumerate(losses, 1)]
+    runs += [row("adamw", 3e-3, 1.9, 1), row("alsals", None, 2.2, 1)]
+    rows = compare.summarize(runs)
+    best = compare.chosen_row(rows, "bert-mlm", "adamw")
+    assert best["learning_rate"] == 1e-3
+    assert best["eval_loss"] == pytest.approx(2.2)
+    assert best["eval_loss_error"] == pytest.approx(math.sqrt(statistics.variance(losses) / 3))
+    assert best["seconds"] == 20.0
+    assert compare.table(rows).splitlines()[2:] == [
+        "| bert-mlm | alsals | none chosen | 1 | 2.200 |  |",
+        "| bert-mlm | adamw | 0.001, best of 2 | 3 | 2.200 ± 0.153 |  |",
+    ]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tasks", "mnist"), ("--optimizers", "sgd"), ("--jobs", "0")])
+def test_a_wrong_argument_is_named_with_its_value(flag, value, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--results", str(tmp_path), flag, value])
+    with pytest.raises(SystemExit):
+        compare.main()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert flag[2:] in message and value in message
