@@ -30,8 +30,7 @@ class PathSearch(ArmijoLineSearch):
         growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
-        search_interval (`int` or `"adaptive"`, defaults to `"adaptive"`): Steps from one search to the next.
-            `"adaptive"` searches the more often the more the step size moves, at least every 10 steps.
+        search_interval (`int` or `"adaptive"`, defaults to 10): Steps from one search to the next. `"adaptive"` searches the more often the more the step size moves, at least every 10 steps.
 
     Attributes:
         path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
@@ -63,7 +62,7 @@ class PathSearch(ArmijoLineSearch):
         growth_factor: float = 1.03,
         decrease_factor: float = 0.9,
         initial_step_size: float = 0.1,
-        search_interval: int | Literal["adaptive"] = "adaptive",
+        search_interval: int | Literal["adaptive"] = 10,
     ) -> None:
         super().__init__(c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval)
         self.started = False

@@ -89,6 +89,7 @@ OPTIMIZERS = {
     "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
     "alsals, from 10": "--optim alsals --optim_args initial_step_size=10",
     "alsals, a search every step": "--optim alsals --optim_args search_interval=1",
+    "alsals, adaptive cadence": "--optim alsals --optim_args search_interval=adaptive",
     "alsals, constant growth": "--optim alsals --optim_args growth=constant",
 }
 
