@@ -30,7 +30,8 @@ class PathSearch(ArmijoLineSearch):
         growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
-        search_interval (`int` or `"adaptive"`, defaults to 10): Steps from one search to the next. `"adaptive"` searches the more often the more the step size moves, at least every 10 steps.
+        search_interval (`int` or `"adaptive"`, defaults to 10): Steps from one search to the next. `"adaptive"`
+            searches the more often the more the step size moves, at least every 10 steps.
 
     Attributes:
         path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
@@ -148,6 +149,7 @@ class PathSearch(ArmijoLineSearch):
             self.step_size = self.trial_step_size = self.first_share * found
             self.fast_step_size = 0.1 * self.step_size
             self.slow_step_size = 0.01 * self.step_size
+            self.steps_until_search = self._interval() - 1
         return self.step_size if self.started else 0.0
 
     def _bound(self, step_size: float, slope: float) -> float:
