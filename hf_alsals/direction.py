@@ -139,6 +139,9 @@ class AdamDirection:
 def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> float:
     """Return the inner product of the gradients and the way back to the start of training.
 
+    The start is kept in bfloat16, so the parameters are rounded to it too: a weight that has not moved is at the start
+    then, and what rounding does to all that have moved adds up to nothing.
+
     Args:
         params (`list[Tensor]`): Parameters with gradients.
         states (`list[dict]`): Their optimizer states, which hold the parameters of the start as `start`.
@@ -147,7 +150,8 @@ def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> float:
     for p, state in zip(params, states):
         dtype = torch.promote_types(p.dtype, torch.float32)
         for piece, grad, start in _cut((p, p.grad, state["start"])):
-            products.append(torch.dot((start.to(dtype) - piece).flatten(), grad.to(dtype).flatten()))
+            way = start.to(dtype) - piece.to(start.dtype)
+            products.append(torch.dot(way.flatten(), grad.to(dtype).flatten()))
             owners.append(p)
     return sum_over_shards(products, owners)
 

@@ -247,10 +247,9 @@ class ALSALS(torch.optim.Optimizer):
         self.consecutive_skips = 0
 
         before = self.line_search.state_dict()
-        if self.growth == "path":
-            lr = max(group["lr"] for group in self.param_groups)
-            self.line_search.follow(self._path_slope() / float(clip_coef), lr)
         directions = self._directions()
+        if self.growth == "path":
+            self.line_search.follow(self._path_slope() / float(clip_coef), self._schedule())
         if self.line_search.is_due():
             try:
                 step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
@@ -278,12 +277,15 @@ class ALSALS(torch.optim.Optimizer):
             state_dict (`dict`): Another ALSALS optimizer's state, for the same parameters.
 
         Raises:
-            ValueError: If it is that of another optimizer, or its parameter groups do not match.
+            ValueError: If it is that of another optimizer or another `growth`, or its parameter groups do not match.
         """
         group = state_dict["param_groups"][0]
-        search = {name: group.get(f"search_{name}") for name in self.line_search.state_dict()}
-        if None in search.values():
+        if "search_step_size" not in group:
             raise ValueError("state_dict must be that of an ALSALS optimizer, got one without numbers of a search.")
+        growth = "path" if "search_started" in group else "constant"
+        if growth != self.growth:
+            raise ValueError(f"growth must be {growth!r}, as in the state_dict, got {self.growth!r}.")
+        search = {name: group[f"search_{name}"] for name in self.line_search.state_dict()}
         super().load_state_dict(state_dict)
         self.line_search.load_state_dict(search)
         self.skipped_steps, self.consecutive_skips = group["skipped_steps"], group["consecutive_skips"]
@@ -309,9 +311,16 @@ class ALSALS(torch.optim.Optimizer):
         slope = path_slope(started, [self.state[p] for p in started])
         for p in params:
             if "start" not in self.state[p]:
-                # What rounding adds to the path is random, and so next to nothing along a gradient.
                 self.state[p]["start"] = p.detach().to(torch.bfloat16, copy=True)
         return slope
+
+    def _schedule(self) -> float:
+        # Groups may have schedules of their own: it anneals when it does so for all of them.
+        for group in self.param_groups:
+            group["peak_lr"] = max(group.get("peak_lr", 0.0), group["lr"])
+        return max(
+            (group["lr"] / group["peak_lr"] for group in self.param_groups if group["peak_lr"] > 0), default=1.0
+        )
 
     def _directions(self) -> list[tuple[dict[str, Any], AdamDirection]]:
         directions = []

@@ -35,6 +35,7 @@ class PathSearch(ArmijoLineSearch):
 
     Attributes:
         path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
+        started (`bool`): Whether a first search has found a step size; before, no step is taken.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -44,7 +45,8 @@ class PathSearch(ArmijoLineSearch):
     overshoot = 0.3  # with none the steps are too short where gradients are mostly noise
     path_decay = 0.9
     first_share = 0.1
-    max_first_probes = 30
+    max_first_probes = 30  # downwards: 2 ** -30 of the initial step size
+    largest_first_step_size = 10.0  # Adam's direction is about 1 in every weight
 
     _state = (
         *ArmijoLineSearch._state,
@@ -52,8 +54,6 @@ class PathSearch(ArmijoLineSearch):
         "smoothed_prediction",
         "smoothed_path_slope",
         "smoothed_path_size",
-        "peak_lr",
-        "is_annealing",
     )
 
     def __init__(
@@ -70,7 +70,6 @@ class PathSearch(ArmijoLineSearch):
         self.smoothed_prediction = 0.0
         self.smoothed_path_slope = 0.0
         self.smoothed_path_size = 0.0
-        self.peak_lr = 0.0
         self.is_annealing = False
 
     @property
@@ -78,15 +77,14 @@ class PathSearch(ArmijoLineSearch):
         """The average of path slopes over that of their absolute values, 0.0 before there are any."""
         return self.smoothed_path_slope / self.smoothed_path_size if self.smoothed_path_size > 0 else 0.0
 
-    def follow(self, path_slope: float, lr: float) -> None:
+    def follow(self, path_slope: float, schedule: float = 1.0) -> None:
         """Let the step size follow the path slope of a new batch, unless the schedule anneals it.
 
         Args:
             path_slope (`float`): `<g_k, w_0 - w_k>`, 0.0 at the first weights. One that is not finite is left out.
-            lr (`float`): The learning rate of this step, as the schedule has it.
+            schedule (`float`, defaults to 1.0): The learning rate of this step as a share of its peak so far.
         """
-        self.peak_lr = max(self.peak_lr, lr)
-        self.is_annealing = lr < 0.5 * self.peak_lr
+        self.is_annealing = schedule < 0.5
         if self.is_annealing or not math.isfinite(path_slope):
             return
         share = 1 - self.path_decay
@@ -98,7 +96,7 @@ class PathSearch(ArmijoLineSearch):
 
     def is_due(self) -> bool:
         """Return whether the next optimizer step is one that searches."""
-        return super().is_due() and not self.is_annealing
+        return super().is_due() and not (self.is_annealing and self.started)
 
     def search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
         """Find the step size of this optimizer step.
@@ -123,27 +121,34 @@ class PathSearch(ArmijoLineSearch):
         return taken
 
     def _first_search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
-        probes, decrease = 0, 0.0
+        decreases: dict[float, float] = {}
 
         def is_sufficient(step_size: float) -> bool:
-            nonlocal probes, decrease
             decrease = loss - probe(step_size)
-            probes += 1
-            return math.isfinite(decrease) and decrease >= self.c * step_size * slope
+            # A step that is too small to show in the loss does no harm, and is no bound.
+            is_too_small = decrease == 0 and not any(
+                decreases[smaller] for smaller in decreases if smaller < step_size
+            )
+            decreases[step_size] = decrease
+            return is_too_small or (math.isfinite(decrease) and decrease >= self.c * step_size * slope)
 
-        found = 0.0
+        found, trial = 0.0, self.initial_step_size
+        limit = max(self.largest_first_step_size, trial)
         if 0 < slope < math.inf:
-            trial = self.initial_step_size
-            grows = is_sufficient(trial)
-            while probes < self.max_first_probes and is_sufficient(trial * (2 if grows else 0.5)) == grows:
-                trial *= 2 if grows else 0.5
-            if grows or probes < self.max_first_probes:
-                found = trial if grows else 0.5 * trial
-                for fraction in (0.5, 0.25, 0.125):  # the largest one, to a tenth, whatever it was looked for from
-                    if is_sufficient(found * 2**fraction):
-                        found *= 2**fraction
-        self.slope, self.decrease, self.probes, self.searched = slope, decrease, probes, True
-        self.total_probes += probes
+            if is_sufficient(trial):
+                found = trial
+                while 2 * found <= limit and is_sufficient(2 * found):
+                    found *= 2
+            else:
+                while found == 0 and len(decreases) < self.max_first_probes:
+                    trial *= 0.5
+                    found = trial if is_sufficient(trial) else 0.0
+            for fraction in (0.5, 0.25, 0.125) if found > 0 else ():  # to a tenth, whatever it was looked for from
+                if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
+                    found *= 2**fraction
+        self.slope, self.decrease = slope, decreases.get(found, 0.0)
+        self.probes, self.searched = len(decreases), True
+        self.total_probes += self.probes
         self.started = self.accepted = found > 0
         if self.started:
             self.step_size = self.trial_step_size = self.first_share * found
@@ -154,7 +159,7 @@ class PathSearch(ArmijoLineSearch):
 
     def _bound(self, step_size: float, slope: float) -> float:
         prediction = self._smooth_prediction(step_size, slope)
-        return prediction * (self.c if prediction > 0 else 1 / self.c)  # as of the slope, uphill
+        return prediction * (self.c if prediction > 0 else 1 / self.c)  # uphill, the loss may rise by 1 / c of it
 
     def _remember(self, step_size: float, slope: float) -> None:
         self.smoothed_prediction = self._smooth_prediction(step_size, slope)

