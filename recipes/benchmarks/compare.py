@@ -141,11 +141,11 @@ def path_of(args: CompareArguments, task: str, optimizer: str, learning_rate: fl
 
 def run(
     args: CompareArguments, task: str, optimizer: str, learning_rate: float | None, seed: int, minilm: str
-) -> None:
-    """Do a run, unless its file is there."""
+) -> bool:
+    """Do a run, unless its file is there, and return whether it has not failed."""
     path = path_of(args, task, optimizer, learning_rate, seed)
     if os.path.exists(path):
-        return
+        return True
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     changes = subprocess.run(
         ["git", "status", "--porcelain", "--", RECIPES, os.path.join(os.path.dirname(RECIPES), "hf_alsals")],
