@@ -83,9 +83,13 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
     }
     if train_seconds:
         rows["share of the time in the search"] = f"{alsals.search_seconds / train_seconds:.0%}"
+    how = {
+        "path": "the step size followed the slope along the path of training, bounded by a line search",
+        "constant": "the step size was found by a line search",
+    }[alsals.growth]
     lines = [
         "## Step size",
-        "No learning rate was chosen: a line search along Adam's direction found the step size "
+        f"No learning rate was chosen: {how} along Adam's direction "
         "(ALSALS, [arXiv 2403.18519](https://arxiv.org/abs/2403.18519)).",
         "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]

@@ -23,6 +23,7 @@ def test_the_card_says_how_the_step_size_was_found(trained, tmp_path):
     assert {"alsals", "tiny"} <= set(card.data.tags)
     search = trained.alsals.line_search
     for row in (
+        "No learning rate was chosen: the step size was found by a line search along Adam's direction (ALSALS,",
         "| optimizer | `salsa` |",
         "c 0.4, beta3 0.99, growth_factor 1.1, decrease_factor 0.8, initial_step_size 0.1, growth constant, "
         "slope preconditioned, search_interval adaptive",

@@ -101,7 +101,7 @@ def test_the_shipped_config_is_valid(tmp_path):
     config = RECIPE.parent / "configs" / "gpt2-openwebtext.yaml"
     _, _, data_args, _, training_args = parser.parse_args_and_config([str(config), "--bf16", "false"])
     assert (data_args.dataset_name, data_args.streaming) == ("Skylion007/openwebtext", True)
-    assert (training_args.optim, training_args.warmup_steps) == ("alsals", 2000)
+    assert (training_args.optim, training_args.warmup_steps) == ("alsals", 0)
 
 
 def test_a_local_data_set_is_streamed_and_split(tmp_path, monkeypatch):

@@ -27,16 +27,21 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
 
+import hf_alsals.optimizer
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.direction import AdamDirection
+
+# A constant schedule, because nothing is searched while it anneals.
+EVERY_STEP = {"optim": "alsals", "optim_args": "search_interval=1", "lr_scheduler_type": "constant"}
 
 # Row of the table: training arguments, or the package that brings the optimizer.
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "adamw_torch_fused": {"optim": "adamw_torch_fused"},
     "adamw_torch": {"optim": "adamw_torch"},
     "alsals": {"optim": "alsals"},
-    "alsals, search_interval=10": {"optim": "alsals", "optim_args": "search_interval=10"},
-    "alsals, probe_micro_batches=1": {"optim": "alsals", "optim_args": "probe_micro_batches=1"},
+    "alsals, a search at every step": EVERY_STEP,
+    "alsals, a search at every step, probe_micro_batches=1": EVERY_STEP
+    | {"optim_args": "search_interval=1,probe_micro_batches=1"},
     "schedule_free_adamw": {"optim": "schedule_free_adamw"},
     "prodigy": {"package": "prodigyopt"},
     "salsa-optimizer, a search at every step": {"package": "salsa"},
@@ -188,6 +193,7 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
             "backward": (trainer.accelerator, "backward"),
             "moments": (AdamDirection, "__init__"),
             "slope": (AdamDirection, "slope"),
+            "path slope": (hf_alsals.optimizer, "path_slope"),
             "start point": (AdamDirection, "remember"),
             "moves": (AdamDirection, "move"),
             "probes": (trainer, "_replay_loss"),
