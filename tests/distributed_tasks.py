@@ -110,7 +110,7 @@ def accelerate_loop(folder, mixed_precision="no"):
     torch.manual_seed(0)
     accumulation = 2
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision, cpu=True)
-    alsals = ALSALS((model := gpt2(dropout=0)).parameters())
+    alsals = ALSALS((model := gpt2(dropout=0)).parameters(), search_interval=1)
     loader = torch.utils.data.DataLoader(Sequences(), batch_size=GLOBAL_BATCH // processes() // accumulation)
     model, optimizer, loader = accelerator.prepare(model, alsals, loader)
     replay = LossReplay(model, accelerator)
@@ -141,7 +141,7 @@ def sharded_model():
     if processes() > 1:
         for module in (model[0], model[2], model):
             fully_shard(module)
-    return model, ALSALS(model.parameters(), weight_decay=0.01)
+    return model, ALSALS(model.parameters(), weight_decay=0.01, search_interval=1)
 
 
 def sharded(folder, saved_at=None):
@@ -194,7 +194,7 @@ def sharded_replay(folder):
     if processes() > 1:
         fully_shard(model)
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
-    optimizer = ALSALS(model.parameters(), lr=0.5, initial_step_size=3.0)
+    optimizer = ALSALS(model.parameters(), lr=0.5, growth="constant", initial_step_size=3.0)
     replay = LossReplay(model, accelerator)
     generator = torch.Generator().manual_seed(1)
     step_sizes, losses = [], []
@@ -230,7 +230,7 @@ def broadcast_buffers(folder):
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
     model = RunningMean()
-    alsals = ALSALS(model.parameters())
+    alsals = ALSALS(model.parameters(), search_interval=1)
     model, optimizer = accelerator.prepare(model, alsals)
     replay = LossReplay(model, accelerator)
     rank = dist.get_rank() if processes() > 1 else 0

@@ -1,6 +1,8 @@
+import importlib.util
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,12 @@ import torch
 from hf_alsals import ALSALS, PathSearch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BENCHMARKS = Path(__file__).parent.parent / "recipes" / "benchmarks"
+
+spec = importlib.util.spec_from_file_location("compare", BENCHMARKS / "compare.py")
+compare = importlib.util.module_from_spec(spec)
+sys.modules["compare"] = compare
+spec.loader.exec_module(compare)
 
 
 def code_of(heading):
@@ -26,22 +34,14 @@ def test_the_loops_of_the_readme_learn_what_they_are_taught(heading, capsys):
 
 
 def test_the_results_are_those_of_the_committed_json():
-    path = Path(__file__).parent.parent / "recipes" / "benchmarks" / "gpt2-embedded.json"
-    losses = {}
-    for run in json.loads(path.read_text()):
-        losses.setdefault(run["optimizer"], []).append(f"{run['eval_loss']:.3f}")
-    table = README.split("\n## Results\n")[1].split("\n## ")[0]
-    for name, values in losses.items():
-        row = name.split()[-1] if name.startswith("adamw_torch") else f"`{name}`"
-        rows = [
-            line for line in table.splitlines() if f"| {row} |" in line or (row == "default" and "default" in line)
-        ]
-        assert len(rows) == 1 and rows[0].endswith(f"| {', '.join(values)} |"), (name, rows)
+    runs = compare.load(BENCHMARKS / "compare")
+    assert len(runs) > 50
+    table = compare.table(compare.summarize(runs))
+    assert table in README
 
 
 def test_the_times_are_those_of_the_committed_json():
-    path = Path(__file__).parent.parent / "recipes" / "benchmarks" / "overhead.json"
-    for row in json.loads(path.read_text())["rows"]:
+    for row in json.loads((BENCHMARKS / "overhead.json").read_text())["rows"]:
         assert (
             f"| {row['accumulation']} | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} "
             f"| {row['probes']:.2f} | {row['peak_ratio']:.2f} |"

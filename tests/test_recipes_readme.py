@@ -2,17 +2,15 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 README = (RECIPES / "README.md").read_text()
 
 
-def runs(recipe, optimizer):
-    path = RECIPES / "benchmarks" / "recipes-embedded.json"
-    return [
-        run
-        for run in json.loads(path.read_text())
-        if run["recipe"] == recipe and f"--optim {optimizer} " in run["command"]
-    ]
+def result(task, optimizer, seed, metric):
+    path = RECIPES / "benchmarks" / "compare" / f"{task}-{optimizer}-seed{seed}.json"
+    return f"{json.loads(path.read_text())['results'][metric]:.3f}"
 
 
 def row(start):
@@ -25,28 +23,22 @@ def test_every_recipe_and_config_has_its_line():
         assert str(path.relative_to(RECIPES.parent)) in README
 
 
-def test_the_results_are_those_of_the_committed_json():
-    for recipe, metric in (
-        ("run_mlm.py", "eval_loss"),
-        ("run_t5_mlm.py", "eval_loss"),
-        ("run_image_classification.py", "eval_accuracy"),
-        ("run_glue.py", "eval_accuracy"),
-    ):
-        ours = [f"{run[metric]:.3f}" for run in runs(recipe, "alsals")]
-        theirs = [
-            f"{run[metric]:.3f} at {run['command'].split('--learning_rate ')[1].split()[0]}"
-            for run in runs(recipe, "adamw_torch")
-        ]
-        assert row(f"| {recipe}, ").endswith(f" | {', '.join(ours)} | {', '.join(theirs)} |")
-        (line,) = [line for line in README.splitlines() if f"`python recipes/{recipe} --optim alsals" in line]
-        assert f" {ours[0]} ({', '.join(ours[1:])})" in line
-
-
-def test_the_causal_model_is_that_of_its_own_benchmark():
-    path = RECIPES / "benchmarks" / "gpt2-embedded.json"
-    losses = [f"{run['eval_loss']:.3f}" for run in json.loads(path.read_text()) if run["optimizer"] == "alsals"]
-    (line,) = [line for line in README.splitlines() if "`python recipes/run_clm.py --optim alsals" in line]
-    assert f"{losses[0]} ({', '.join(losses[1:])})" in line
+@pytest.mark.parametrize(
+    ("recipe", "task", "metric", "rates"),
+    [
+        ("run_clm.py", "gpt2-reference", "eval_loss", ["0.001", "0.003", "0.006"]),
+        ("run_mlm.py", "bert-mlm", "eval_loss", ["0.0003", "0.001", "0.003"]),
+        ("run_t5_mlm.py", "t5", "eval_loss", ["0.001", "0.003", "0.01"]),
+        ("run_image_classification.py", "digits", "eval_accuracy", ["0.001", "0.003", "0.01"]),
+        ("run_glue.py", "topics", "eval_accuracy", ["0.0001", "0.0003", "0.001"]),
+    ],
+)
+def test_the_results_are_those_of_the_committed_json(recipe, task, metric, rates):
+    ours = [result(task, "alsals", seed, metric) for seed in (1, 2, 3)]
+    theirs = [f"{result(task, f'adamw-{rate}', 1, metric)} at {float(rate):g}" for rate in rates]
+    assert row(f"| {recipe}, ").endswith(f" | {', '.join(ours)} | {', '.join(theirs)} |")
+    (line,) = [line for line in README.splitlines() if f"`python recipes/{recipe} --optim alsals" in line]
+    assert f" {ours[0]} ({', '.join(ours[1:])})" in line
 
 
 def test_fine_tuning_reaches_its_bar_with_adamw_and_says_what_alsals_reaches():

@@ -215,6 +215,12 @@ def load(folder: str) -> list[dict[str, Any]]:
     return runs
 
 
+def probes_a_step(curve: list[dict[str, Any]]) -> float:
+    """Return the probes per optimizer step of a run, whose logs have those per step since the log before."""
+    steps = [0, *(entry["step"] for entry in curve)]
+    return sum(entry["probes"] * (step - last) for entry, last, step in zip(curve, steps, steps[1:])) / steps[-1]
+
+
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each task, optimizer and learning rate: means, standard errors over seeds, probes a step."""
     groups = defaultdict(list)
@@ -229,8 +235,9 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[metric] = statistics.mean(values)
             if len(values) > 1:
                 row[f"{metric}_error"] = statistics.stdev(values) / math.sqrt(len(values))
-        counts = [[entry["probes"] for entry in one["curve"] if "probes" in entry] for one in group]
-        row["probes"] = statistics.mean(statistics.mean(probes) if probes else 0.0 for probes in counts)
+        probes = [probes_a_step(one["curve"]) for one in group if "probes" in (one["curve"] or [{}])[0]]
+        if probes:
+            row["probes"] = statistics.mean(probes)
         rows.append(row)
     return rows
 
@@ -276,7 +283,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
             score = with_error(row, "eval_accuracy") or with_error(row, "eval_matthews_correlation")
             loss = with_error(row, "eval_loss")
-            probes = f"{row['probes']:.2f}" if row["probes"] else "0"
+            probes = f"{row['probes']:.2f}" if "probes" in row else ""
             lines.append(f"| {task} | {optimizer} | {rate} | {row['seeds']} | {loss} | {score} | {probes} |")
     return "\n".join(lines)
 
