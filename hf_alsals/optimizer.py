@@ -222,7 +222,7 @@ class ALSALS(torch.optim.Optimizer):
         if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
             if self.growth == "path":
-                self._path_slope()
+                self._path_slope([p for group in self.param_groups for p in group["params"] if p.grad is not None])
             self._directions()
             return None
         if closure is None:
@@ -249,7 +249,9 @@ class ALSALS(torch.optim.Optimizer):
         before = self.line_search.state_dict()
         directions = self._directions()
         if self.growth == "path":
-            self.line_search.follow(self._path_slope() / float(clip_coef), self._schedule())
+            self.line_search.heed_schedule(self._schedule())
+            if not self.line_search.is_annealing:
+                self.line_search.follow(self._path_slope(params) / float(clip_coef))
         if self.line_search.is_due():
             try:
                 step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
@@ -305,8 +307,7 @@ class ALSALS(torch.optim.Optimizer):
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
 
-    def _path_slope(self) -> float:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def _path_slope(self, params: list[Tensor]) -> float:
         started = [p for p in params if "start" in self.state[p]]
         slope = path_slope(started, [self.state[p] for p in started])
         for p in params:

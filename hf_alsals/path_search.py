@@ -35,6 +35,7 @@ class PathSearch(ArmijoLineSearch):
 
     Attributes:
         path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
+        is_annealing (`bool`): Whether the schedule is below half of its peak.
         started (`bool`): Whether a first search has found a step size; before, no step is taken.
 
     Raises:
@@ -77,15 +78,21 @@ class PathSearch(ArmijoLineSearch):
         """The average of path slopes over that of their absolute values, 0.0 before there are any."""
         return self.smoothed_path_slope / self.smoothed_path_size if self.smoothed_path_size > 0 else 0.0
 
-    def follow(self, path_slope: float, schedule: float = 1.0) -> None:
-        """Let the step size follow the path slope of a new batch, unless the schedule anneals it.
+    def heed_schedule(self, schedule: float) -> None:
+        """Note whether the schedule anneals this step, in which case there is nothing to follow or to search.
+
+        Args:
+            schedule (`float`): The learning rate of this step as a share of its peak so far.
+        """
+        self.is_annealing = schedule < 0.5
+
+    def follow(self, path_slope: float) -> None:
+        """Let the step size follow the path slope of a new batch.
 
         Args:
             path_slope (`float`): `<g_k, w_0 - w_k>`, 0.0 at the first weights. One that is not finite is left out.
-            schedule (`float`, defaults to 1.0): The learning rate of this step as a share of its peak so far.
         """
-        self.is_annealing = schedule < 0.5
-        if self.is_annealing or not math.isfinite(path_slope):
+        if not math.isfinite(path_slope):
             return
         share = 1 - self.path_decay
         self.smoothed_path_slope = self.path_decay * self.smoothed_path_slope + share * path_slope

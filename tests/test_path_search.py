@@ -103,24 +103,21 @@ def test_no_path_is_no_reason_to_grow():
     assert search.step_size == 0.1
 
 
-def test_once_the_schedule_is_below_half_of_its_peak_nothing_is_followed_or_searched():
+def test_once_the_schedule_is_below_half_of_its_peak_nothing_is_searched():
     search = started()
-    search.follow(1.0, schedule=0.5)
-    step_size = search.step_size
-    assert step_size > 0.1
+    search.heed_schedule(0.5)
     assert search.is_due()
     for _ in range(25):
-        search.follow(1.0, schedule=0.499)
+        search.heed_schedule(0.499)
         assert not search.is_due()
-        assert search.skip() == step_size
-    search.follow(1.0, schedule=0.7)  # a restart
+        assert search.skip() == 0.1
+    search.heed_schedule(0.7)  # a restart
     assert search.is_due()
-    assert search.step_size > step_size
 
 
 def test_what_has_not_started_is_due_whatever_the_schedule():
     search = PathSearch()
-    search.follow(0.0, schedule=0.1)
+    search.heed_schedule(0.1)
     assert search.is_due()
 
 
@@ -176,7 +173,8 @@ def test_a_loaded_search_continues_identically(saved_after):
     def steps(search, numbers):
         history = []
         for k in numbers:
-            search.follow(math.cos(k), schedule=1.0 if k < 15 else 0.4)
+            search.heed_schedule(1.0 if k < 15 else 0.4)
+            search.follow(math.cos(k))
             if search.is_due():
                 search.search(0.0, 1.0 + math.sin(k), quadratic(1.0 + math.sin(k), 3.0 + k))
             else:
