@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_the_command_of_the_readme_trains_evaluates_and_writes_what_the_hf_scrip
         command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "A sample: 'The " in done.stdout
+    assert re.search("A sample: ['\"]The ", done.stdout)  # quoted by what the sample holds
     assert "'step_size': " in done.stdout + done.stderr
     expected = {"all_results.json", "trainer_state.json", "model.safetensors", "README.md", "step_size.png"}
     assert expected <= {path.name for path in output.iterdir()}
