@@ -1,5 +1,6 @@
 """Adam's direction: its slope, and the moves along it."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,11 +78,11 @@ class AdamDirection:
             torch._foreach_mul_(chunk.exp_avg_sqs, beta2)
             torch._foreach_addcmul_(chunk.exp_avg_sqs, grads, grads, 1 - beta2)
 
-    def slope(self) -> float:
+    def slope(self) -> Tensor:
         """Return the inner product of the gradients and the direction, the decrease of the loss per unit of step."""
         return self._inner_product(with_momentum=True)
 
-    def preconditioned_slope(self) -> float:
+    def preconditioned_slope(self) -> Tensor:
         """Return the slope along the direction without momentum, the sum of `g ** 2 / (sqrt(v) + eps)`."""
         return self._inner_product(with_momentum=False)
 
@@ -124,7 +125,7 @@ class AdamDirection:
         torch._foreach_add_(denominators, self.eps)
         return denominators
 
-    def _inner_product(self, with_momentum: bool) -> float:
+    def _inner_product(self, with_momentum: bool) -> Tensor:
         products: list[Tensor] = []
         for chunk in self.chunks:
             grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(chunk.grads, chunk.exp_avgs)]
@@ -136,8 +137,8 @@ class AdamDirection:
         return sum_over_shards(products, [owner for chunk in self.chunks for owner in chunk.owners])
 
 
-def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> float:
-    """Return the inner product of the gradients and the way back to the start of training.
+def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
+    """Return the inner product of the gradients and the way back to the start of training, a scalar.
 
     The start is kept in bfloat16, so the parameters are rounded to it too: a weight that has not moved is at the start
     then, and what rounding does to all that have moved adds up to nothing.
@@ -172,8 +173,8 @@ def _cut(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[begin : begin + limit] for tensor in flat)
 
 
-def all_finite(params: list[Tensor]) -> bool:
-    """Return whether every element of every gradient is finite, on all shards.
+def non_finite_pieces(params: list[Tensor]) -> Tensor:
+    """Return in how many pieces of the gradients an element is not finite, on all shards, a scalar.
 
     Args:
         params (`list[Tensor]`): Parameters with gradients.
@@ -184,11 +185,11 @@ def all_finite(params: list[Tensor]) -> bool:
             owners.append(p)
             largest.append(piece if piece.numel() > 0 else piece.new_zeros(1))
     largest = torch._foreach_norm(largest, math.inf)
-    return sum_over_shards([(~value.isfinite()).float() for value in largest], owners) == 0
+    return sum_over_shards([(~value.isfinite()).float() for value in largest], owners)
 
 
-def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> float:
-    """Return the sum of one scalar for each parameter, over all shards of each.
+def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
+    """Return the sum of one scalar for each parameter, over all shards of each, on the device of the first.
 
     Args:
         values (`list[Tensor]`): Scalars, each computed from the local shard of a parameter.
@@ -198,14 +199,32 @@ def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> float:
     for value, p in zip(values, params):
         layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, p.device)
         by_layout.setdefault(layout, []).append(value)
-    total = 0.0
+    sums = []
     for (mesh, placements), parts in by_layout.items():
         part = torch.stack(parts).sum()
         if mesh is not None:
             partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
             part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
-        total += part.item()
-    return total
+        sums.append(part)
+    return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
+
+
+def read(values: list[Tensor | float]) -> list[float]:
+    """Return scalars as numbers, with one host wait for all that are on one device.
+
+    Args:
+        values (`list[Tensor | float]`): Scalars of any shape with one element, or numbers.
+    """
+    numbers = dict(enumerate(values))
+    by_device: dict[torch.device, list[int]] = {}
+    for i, value in numbers.items():
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(i)
+    for indices in by_device.values():
+        dtype = functools.reduce(torch.promote_types, (values[i].dtype for i in indices))
+        together = torch.stack([values[i].detach().reshape(()).to(dtype) for i in indices])
+        numbers.update(zip(indices, together.tolist(), strict=True))
+    return [float(number) for number in numbers.values()]
 
 
 def _local(tensor: Tensor) -> Tensor:

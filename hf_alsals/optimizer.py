@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .direction import AdamDirection, all_finite, path_slope
+from .direction import AdamDirection, non_finite_pieces, path_slope, read
 from .line_search import ArmijoLineSearch, check_number
 from .path_search import PathSearch
 
@@ -238,23 +238,28 @@ class ALSALS(torch.optim.Optimizer):
 
         if loss is None:
             loss = closure()
-        self.loss = _to_float(loss)
+        _check_loss(loss)
         if not params:
+            (self.loss,) = read([loss])
             return loss
-        if not math.isfinite(self.loss) or not all_finite(params):
+        if self.growth == "path":
+            self.line_search.heed_schedule(self._schedule())
+        follows_path = self.growth == "path" and not self.line_search.is_annealing
+        path = self._path_slope(params) if follows_path else 0.0
+        # The only host wait of a step without a search.
+        self.loss, non_finite, clip_coef, path = read([loss, non_finite_pieces(params), clip_coef, path])
+        if not math.isfinite(self.loss) or non_finite > 0:
             self._skip()
             return loss
         self.consecutive_skips = 0
 
         before = self.line_search.state_dict()
         directions = self._directions()
-        if self.growth == "path":
-            self.line_search.heed_schedule(self._schedule())
-            if not self.line_search.is_annealing:
-                self.line_search.follow(self._path_slope(params) / float(clip_coef))
+        if follows_path:
+            self.line_search.follow(path / clip_coef)
         if self.line_search.is_due():
             try:
-                step_size = self._search(closure, [direction for _, direction in directions], float(clip_coef))
+                step_size = self._search(closure, [direction for _, direction in directions], clip_coef)
             except BaseException:
                 self.line_search.load_state_dict(before)
                 raise
@@ -307,7 +312,7 @@ class ALSALS(torch.optim.Optimizer):
             super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
         )
 
-    def _path_slope(self, params: list[Tensor]) -> float:
+    def _path_slope(self, params: list[Tensor]) -> Tensor:
         started = [p for p in params if "start" in self.state[p]]
         slope = path_slope(started, [self.state[p] for p in started])
         for p in params:
@@ -338,13 +343,15 @@ class ALSALS(torch.optim.Optimizer):
         def probe(step_size: float) -> float:
             for direction in directions:
                 direction.move(step_size)
-            return _to_float(closure())
+            probed = closure()
+            _check_loss(probed)
+            return read([probed])[0]
 
         begin = time.perf_counter()
         if self.slope_method == "exact":
-            slope = sum(direction.slope() for direction in directions) / clip_coef
+            slope = sum(read([direction.slope() for direction in directions])) / clip_coef
         elif self.slope_method == "preconditioned":
-            slope = sum(direction.preconditioned_slope() for direction in directions) / clip_coef
+            slope = sum(read([direction.preconditioned_slope() for direction in directions])) / clip_coef
         for direction in directions:
             direction.remember()
         try:
@@ -394,11 +401,9 @@ def _check_param_group(group: dict[str, Any]) -> None:
             raise TypeError(f"ALSALS takes real parameters, got one of {param.dtype}, of shape {list(param.shape)}.")
 
 
-def _to_float(loss: Tensor | float) -> float:
+def _check_loss(loss: Tensor | float) -> None:
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
-        return loss.item()
-    if isinstance(loss, bool) or not isinstance(loss, Real):
+    elif isinstance(loss, bool) or not isinstance(loss, Real):
         raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")
-    return float(loss)

@@ -1,16 +1,17 @@
-"""What only a GPU can show: its dropout kernels and scalers, and FSDP2 through the Trainer."""
+"""What only a GPU can show: its dropout kernels and scalers, its host waits, and FSDP2 through the Trainer."""
 
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from test_exactness import build, train_and_compare
 from test_trainer import Sequences, arguments, gpt2, training_logs
 
-from hf_alsals import AlsalsTrainer
+from hf_alsals import ALSALS, AlsalsTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -22,6 +23,29 @@ def test_at_step_size_zero_the_closure_is_the_training_loss(name, precision, acc
     model, dataset = build(name)
     args = arguments(tmp_path, use_cpu=False, gradient_accumulation_steps=accumulation, **precision)
     train_and_compare(AlsalsTrainer(model, args, train_dataset=dataset))
+
+
+def test_a_step_without_a_search_waits_once_for_the_gpu():
+    model = torch.nn.Linear(4, 1).cuda()
+    optimizer = ALSALS(model.parameters(), search_interval=10)
+    x = torch.randn(16, 4, device="cuda")
+
+    def closure():
+        return (model(x) - x[:, :1]).square().mean()
+
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step(closure, loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.searched == (step == 0)
+    assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
 
 
 def train_sharded(output_dir):

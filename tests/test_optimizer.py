@@ -1351,3 +1351,34 @@ def test_weights_stay_until_a_first_search_has_found_a_step_size():
         train(net, optimizer, [0], lambda net, k: 0.0 * net_loss(net, k))
     for p, start in zip(net.parameters(), before, strict=True):
         assert_identical(p.detach(), start)
+
+
+@pytest.mark.parametrize("growth", ["path", "constant"])
+def test_a_step_waits_once_for_the_device_and_a_search_once_more_and_once_a_probe(growth):
+    class Waits(torch.overrides.TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            reads = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__)
+            on_host = {id(state["step"]) for state in optimizer.state.values() if "step" in state}
+            self.count += function in reads and id(args[0]) not in on_host
+            return function(*args, **(kwargs or {}))
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = hf_alsals.ALSALS(model.parameters(), growth=growth, search_interval=3)
+    x = torch.randn(16, 4)
+    searched = []
+
+    def closure():
+        return (model(x) - x[:, :1]).square().mean()
+
+    for _ in range(7):
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        with Waits() as waits:
+            optimizer.set_closure(closure, loss, clip_coef=torch.tensor(0.5))
+            optimizer.step()
+        assert waits.count == 1 + (1 + optimizer.probes if optimizer.searched else 0)
+        searched.append(optimizer.searched)
+    assert searched == [True, False, False, True, False, False, True]

@@ -10,16 +10,20 @@ TINY = "--n_layer 1 --n_embd 16 --n_head 2 --vocab_size 64 --batch_size 2 --sequ
 def test_the_benchmark_runs_through_and_its_ratios_are_those_of_its_times(tmp_path):
     output = tmp_path / "overhead.json"
     rows = ["adamw_torch_fused", "alsals", "alsals, a search at every step, probe_micro_batches=1"]
-    flags = [*TINY.split(), "--rounds", "1", "--gradient_accumulation_steps", "2", "--optimizers", *rows]
+    flags = [*TINY.split(), "--rounds", "1", "--gradient_accumulation_steps", "2", "--processes", "1", "2"]
+    flags += ["--optimizers", *rows]
     command = [sys.executable, BENCHMARKS / "overhead.py", "--output", output, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(output.read_text())
-    assert [row["optimizer"] for row in report["rows"]] == rows
-    seconds = {run["optimizer"]: sorted(run["seconds"])[1] for run in report["runs"]}
+    assert [(row["processes"], row["optimizer"]) for row in report["rows"]] == [
+        (n, row) for n in (1, 2) for row in rows
+    ]
+    seconds = {(run["processes"], run["optimizer"]): sorted(run["seconds"])[1] for run in report["runs"]}
     for row in report["rows"]:
-        assert row["ratio"] == seconds[row["optimizer"]] / seconds["adamw_torch_fused"]
-        assert f"| 2 | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} |" in done.stdout
+        processes, name = row["processes"], row["optimizer"]
+        assert row["ratio"] == seconds[processes, name] / seconds[processes, "adamw_torch_fused"]
+        assert f"| {processes} | 2 | {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f} |" in done.stdout
     assert report["rows"][0]["probes"] == 0 < report["rows"][2]["probes"]
     assert 0.5 < sum(report["breakdown"].values()) < 1
     assert (tmp_path / "overhead.png").stat().st_size > 1000

@@ -5,10 +5,11 @@ adamw_torch_fused are taken within a round. Needs schedulefree, prodigyopt and s
 
     python recipes/benchmarks/overhead.py --output recipes/benchmarks/overhead.json
     python recipes/benchmarks/overhead.py --n_layer 12 --n_embd 768 --n_head 12 --vocab_size 50257 --batch_size 32 \
-        --sequence_length 1024 --bf16 --output overhead-gpt2.json
+        --sequence_length 1024 --bf16 --processes 1 8 --output overhead-gpt2.json
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,12 +66,15 @@ class OverheadArguments:
     gradient_accumulation_steps: list[int] = field(
         default_factory=lambda: [1, 4], metadata={"help": "Micro-batches in an optimizer step, one table for each."}
     )
+    processes: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Processes of a run (DDP), each with a batch of its own."}
+    )
     warmup: int = field(default=10, metadata={"help": "Optimizer steps of a run that do not count."})
     steps: int = field(default=20, metadata={"help": "Optimizer steps of a run that count."})
     rounds: int = field(default=3, metadata={"help": "Runs of each optimizer."})
     bf16: bool = field(default=False, metadata={"help": "Whether to train in bfloat16 autocast."})
     torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model."})
-    run: str | None = field(default=None, metadata={"help": "Only this run, to standard output; for internal use."})
+    only: str | None = field(default=None, metadata={"help": "Only this run, to standard output; for internal use."})
 
 
 class RandomTokens(Dataset):
@@ -88,44 +93,54 @@ class RandomTokens(Dataset):
 
 
 class Stopwatch(TrainerCallback):
-    """Takes the time of every optimizer step after the warm-up, from its first micro-batch to its last move."""
+    """Marks every optimizer step after the warm-up, from its first micro-batch to its last move."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
-        self.seconds: list[float] = []
+        self.steps: list[tuple[Any, Any]] = []
         self.probes: list[int] = []
-        self.parts: dict[str, float] = defaultdict(float)
+        self.parts: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.warmup:
             self.parts.clear()
-        self.begin = now()
+        self.begin = mark()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if state.global_step > self.warmup:
-            self.seconds.append(now() - self.begin)
+            self.steps.append((self.begin, mark()))
             self.probes.append(getattr(getattr(optimizer, "optimizer", optimizer), "probes", 0))
 
 
-def now() -> float:
-    """Return the time, once the GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def mark() -> Any:
+    """Return a point in time: on a GPU an event in its stream, which is not waited for."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: list[tuple[Any, Any]]) -> list[float]:
+    """Return the seconds from the first to the second of each pair of points in time."""
+    if not torch.cuda.is_available():
+        return [end - begin for begin, end in marks]
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in marks]
 
 
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], parts: dict[str, tuple[Any, str]]) -> Any:
-    """Add up the time that methods take while inside, by the names of the parts."""
+def marked(marks: dict[str, list[tuple[Any, Any]]], parts: dict[str, tuple[Any, str]]) -> Iterator[None]:
+    """Mark the begin and end of methods while inside, by the names of the parts."""
     originals = {part: getattr(owner, method) for part, (owner, method) in parts.items()}
 
     def wrap(part: str) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            begin = now()
+            begin = mark()
             try:
                 return originals[part](*args, **kwargs)
             finally:
-                seconds[part] += now() - begin
+                marks[part].append((begin, mark()))
 
         return wrapped
 
@@ -182,6 +197,7 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
             **({} if package else OPTIMIZERS[name]),
         )
         watch = Stopwatch(args.warmup)
@@ -197,16 +213,18 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
             "start point": (AdamDirection, "remember"),
             "moves": (AdamDirection, "move"),
             "probes": (trainer, "_replay_loss"),
+            "host waits": (hf_alsals.optimizer, "read"),
         }
-        with timed(watch.parts, parts):
+        with marked(watch.parts, parts):
             trainer.train()
-    watch.parts["forward"] -= watch.parts["probes"]  # a probe calls compute_loss too
-    total = sum(watch.seconds)
+    seconds = seconds_between(watch.steps)
+    breakdown = {part: sum(seconds_between(watch.parts[part])) / sum(seconds) for part in parts}
+    breakdown["forward"] -= breakdown["probes"]  # a probe calls compute_loss too
     return {
-        "seconds": watch.seconds,
+        "seconds": seconds,
         "probes": statistics.mean(watch.probes),
         "peak_mb": peak_memory() - before,
-        "breakdown": {part: watch.parts[part] / total for part in parts},
+        "breakdown": breakdown,
     }
 
 
@@ -217,13 +235,13 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = SaLSA(model.parameters(), speed_up=False)
-    seconds = []
+    marks = []
     size = args.batch_size
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             forwards = optimizer.state["n_forwards"]
         rows = data.rows[step * accumulation * size :][: accumulation * size].to(device)
-        begin = now()
+        begin = mark()
         optimizer.zero_grad()
 
         def closure(backwards: bool = False, rows: torch.Tensor = rows) -> torch.Tensor:
@@ -238,27 +256,32 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
             return total
 
         optimizer.step(closure=closure)
-        seconds.append(now() - begin)
+        marks.append((begin, mark()))
     probes = (optimizer.state["n_forwards"] - forwards) / args.steps - 1
-    return {"seconds": seconds[args.warmup :], "probes": probes, "breakdown": {}}
+    return {"seconds": seconds_between(marks[args.warmup :]), "probes": probes, "breakdown": {}}
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each optimizer and accumulation: medians over the rounds, ratios taken within each round."""
+    """Return a row for each case and optimizer: medians over the rounds, ratios taken within each round."""
     rows = []
-    for accumulation, name in dict.fromkeys((run["accumulation"], run["optimizer"]) for run in runs):
+
+    def runs_of(processes: int, accumulation: int, name: str) -> list[dict[str, Any]]:
+        wanted = (processes, accumulation, name)
+        return [run for run in runs if (run["processes"], run["accumulation"], run["optimizer"]) == wanted]
+
+    for processes, accumulation, name in dict.fromkeys(
+        (run["processes"], run["accumulation"], run["optimizer"]) for run in runs
+    ):
         ratios, memory = [], []
-        mine = [run for run in runs if (run["accumulation"], run["optimizer"]) == (accumulation, name)]
+        mine = runs_of(processes, accumulation, name)
         for one in mine:
-            base = next(
-                run
-                for run in runs
-                if (run["accumulation"], run["optimizer"], run["round"]) == (accumulation, BASELINE, one["round"])
-            )
+            bases = runs_of(processes, accumulation, BASELINE)
+            base = next(run for run in bases if run["round"] == one["round"])
             ratios.append(statistics.median(one["seconds"]) / statistics.median(base["seconds"]))
             memory.append(one["peak_mb"] / base["peak_mb"])
         rows.append(
             {
+                "processes": processes,
                 "accumulation": accumulation,
                 "optimizer": name,
                 "milliseconds": 1000 * statistics.median(statistics.median(run["seconds"]) for run in mine),
@@ -274,13 +297,14 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| micro-batches | optimizer | step, ms | times adamw_torch_fused | probes a step | peak memory, times |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| processes | micro-batches | optimizer | step, ms | times adamw_torch_fused | probes a step "
+        "| peak memory, times |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
-            f"| {row['accumulation']} | {row['optimizer']} | {row['milliseconds']:.0f} | {row['ratio']:.2f} "
-            f"| {row['probes']:.2f} | {row['peak_ratio']:.2f} |"
+            f"| {row['processes']} | {row['accumulation']} | {row['optimizer']} | {row['milliseconds']:.0f} "
+            f"| {row['ratio']:.2f} | {row['probes']:.2f} | {row['peak_ratio']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -292,17 +316,18 @@ def draw(rows: list[dict[str, Any]], breakdown: dict[str, float], path: str) -> 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     ratio_axes, part_axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["optimizer"] for row in rows))
-    counts = list(dict.fromkeys(row["accumulation"] for row in rows))
-    for i, count in enumerate(counts):
-        mine = [row for row in rows if row["accumulation"] == count]
-        height = 0.8 / len(counts)
-        places = [names.index(row["optimizer"]) + (i - (len(counts) - 1) / 2) * height for row in mine]
-        ratio_axes.barh(places, [row["ratio"] for row in mine], height, label=f"{count} micro-batches")
+    cases = list(dict.fromkeys((row["processes"], row["accumulation"]) for row in rows))
+    for i, (processes, accumulation) in enumerate(cases):
+        mine = [row for row in rows if (row["processes"], row["accumulation"]) == (processes, accumulation)]
+        height = 0.8 / len(cases)
+        places = [names.index(row["optimizer"]) + (i - (len(cases) - 1) / 2) * height for row in mine]
+        label = f"processes {processes}, micro-batches {accumulation}"
+        ratio_axes.barh(places, [row["ratio"] for row in mine], height, label=label)
     ratio_axes.set_yticks(range(len(names)), names)
     ratio_axes.invert_yaxis()
     ratio_axes.axvline(1, color="black", linewidth=0.8)
     ratio_axes.set_xlabel(f"step time, times {BASELINE}")
-    figure.legend(loc="outside lower center", ncols=len(counts), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(cases), frameon=False)
     part_axes.barh(list(breakdown), [100 * share for share in breakdown.values()])
     part_axes.invert_yaxis()
     part_axes.set_xlabel("share of a step of alsals, %")
@@ -316,23 +341,30 @@ def main() -> None:
         parser.error(f"optimizers must be some of {', '.join(OPTIMIZERS)}, got {unknown[0]!r}.")
     if BASELINE not in args.optimizers:
         parser.error(f"optimizers must include {BASELINE}, which the others are compared with.")
-    if args.run is not None:
-        name, accumulation = args.run.rsplit("/", 1)
-        print(json.dumps(run(args, name, int(accumulation))))
+    if args.only is not None:
+        name, accumulation = args.only.rsplit("/", 1)
+        result = json.dumps(run(args, name, int(accumulation)))
+        if os.environ.get("RANK", "0") == "0":
+            print(result)
         return
 
     runs = []
-    for accumulation in args.gradient_accumulation_steps:
-        for i in range(args.rounds):
-            for name in args.optimizers:
-                command = [sys.executable, __file__, *sys.argv[1:], "--run", f"{name}/{accumulation}"]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                result = json.loads(done.stdout.splitlines()[-1])
-                runs.append({"accumulation": accumulation, "round": i, "optimizer": name, **result})
-                print(accumulation, i, name, f"{1000 * statistics.median(result['seconds']):.0f} ms", flush=True)
+    for processes, accumulation, i, name in itertools.product(
+        args.processes, args.gradient_accumulation_steps, range(args.rounds), args.optimizers
+    ):
+        if processes > 1 and OPTIMIZERS[name].get("package") == "salsa":  # its loop is for one
+            continue
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launch if processes > 1 else []), __file__, *sys.argv[1:]]
+        command += ["--only", f"{name}/{accumulation}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        runs.append({"processes": processes, "accumulation": accumulation, "round": i, "optimizer": name, **result})
+        milliseconds = 1000 * statistics.median(result["seconds"])
+        print(processes, accumulation, i, name, f"{milliseconds:.0f} ms", flush=True)
 
     rows = summarize(runs)
-    breakdowns = [run["breakdown"] for run in runs if run["optimizer"] == "alsals"]
+    breakdowns = [run["breakdown"] for run in runs if run["optimizer"] == "alsals" and run["processes"] == 1]
     breakdown = (
         {part: statistics.median(one[part] for one in breakdowns) for part in breakdowns[0]} if breakdowns else {}
     )
