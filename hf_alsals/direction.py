@@ -173,19 +173,20 @@ def _cut(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[begin : begin + limit] for tensor in flat)
 
 
-def non_finite_pieces(params: list[Tensor]) -> Tensor:
-    """Return in how many pieces of the gradients an element is not finite, on all shards, a scalar.
+def zero_if_finite(params: list[Tensor]) -> Tensor:
+    """Return 0 if every element of every gradient is finite, on all shards, else NaN, a scalar.
 
     Args:
         params (`list[Tensor]`): Parameters with gradients.
     """
-    owners, largest = [], []
-    for p in params:
-        for (piece,) in _cut((p.grad,)):  # the norm of all of it would take a copy of it
-            owners.append(p)
-            largest.append(piece if piece.numel() > 0 else piece.new_zeros(1))
-    largest = torch._foreach_norm(largest, math.inf)
-    return sum_over_shards([(~value.isfinite()).float() for value in largest], owners)
+    pieces = [(p, piece) for p in params for (piece,) in _cut((p.grad,)) if piece.numel() > 0]
+    # The norm is one kernel for many tensors on a GPU, and takes 18 times as long as aminmax on a CPU.
+    ends = [(p, end) for p, piece in pieces if piece.device.type == "cpu" for end in torch.aminmax(piece)]
+    others = [(p, piece) for p, piece in pieces if piece.device.type != "cpu"]
+    if others:
+        norms = torch._foreach_norm([piece for _, piece in others], math.inf)
+        ends += [(p, norm) for (p, _), norm in zip(others, norms, strict=True)]
+    return sum_over_shards([(0 * end).float() for _, end in ends], [p for p, _ in ends])
 
 
 def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:

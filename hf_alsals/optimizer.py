@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .direction import AdamDirection, non_finite_pieces, path_slope, read
+from .direction import AdamDirection, path_slope, read, zero_if_finite
 from .line_search import ArmijoLineSearch, check_number
 from .path_search import PathSearch
 
@@ -247,8 +247,8 @@ class ALSALS(torch.optim.Optimizer):
         follows_path = self.growth == "path" and not self.line_search.is_annealing
         path = self._path_slope(params) if follows_path else 0.0
         # The only host wait of a step without a search.
-        self.loss, non_finite, clip_coef, path = read([loss, non_finite_pieces(params), clip_coef, path])
-        if not math.isfinite(self.loss) or non_finite > 0:
+        self.loss, zero, clip_coef, path = read([loss, zero_if_finite(params), clip_coef, path])
+        if not math.isfinite(self.loss + zero):
             self._skip()
             return loss
         self.consecutive_skips = 0
