@@ -3,6 +3,9 @@
 __version__ = "0.1.0"
 
 from .argument_parser import AlsalsArgumentParser
+from .callbacks import StepSizeCallback
+from .failures import FailureCallback
+from .line_profile import LineProfileCallback
 from .line_search import ArmijoLineSearch
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, PRESETS
@@ -21,6 +24,9 @@ __all__ = [
     "AlsalsTrainerMixin",
     "AlsalsTrainingArguments",
     "ArmijoLineSearch",
+    "FailureCallback",
+    "LineProfileCallback",
     "LossReplay",
     "PathSearch",
+    "StepSizeCallback",
 ]

@@ -1,53 +1,140 @@
-"""Callbacks that show what the step size does."""
+"""The picture of a run: loss, step size, Armijo ratio and probes."""
 
+import copy
+import datetime
+import math
 import os
+import time
+from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from .hub import without_local_paths
+from .optimizer import ALSALS
 
 
-class StepSizeCallback(TrainerCallback):
-    """Draws loss and step size over the optimizer steps into `output_dir/step_size.png` when training ends.
+class StepSizeCallback(TrainerCallback, ExportableState):
+    """Draws loss, step size, Armijo ratio and probes into `output_dir/step_size.png`.
 
-    The values are those of the Trainer's own logs, so a resumed run is drawn whole. Needs matplotlib.
+    The values are those of the Trainer's own logs, so a resumed run is drawn whole. It is drawn with every checkpoint
+    and at the end. While training goes on, `output_dir/trainer_state.json` has the logs, at most `seconds` old, for
+    `hf-alsals report`.
+
+    Args:
+        seconds (`float`, defaults to 30.0): Time between two updates of the logs, at least.
     """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.settings: dict[str, Any] = {}
+        self.search_seconds = 0.0
+        self.updated = ""
+        self._last_update = -math.inf
+
+    def state(self) -> dict[str, Any]:
+        """Return what a report says beyond the logs: the settings of the run, and the time spent in searches."""
+        names = ("settings", "search_seconds", "updated")
+        return {"args": {"seconds": self.seconds}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the settings that are not the default; the arguments are those of every Trainer callback."""
+        defaults = {one.name: None if one.default is MISSING else one.default for one in fields(args)}
+        shown = {
+            name: value
+            for name, value in args.to_dict().items()
+            # None and False, as well as None and [], are one and the same here.
+            if value != defaults[name] and (value or defaults[name]) and not isinstance(value, dict)
+        }
+        shown = {name: value for name, value in shown.items() if not name.endswith("_token")}
+        self.settings = without_local_paths(shown | {"optim": getattr(args.optim, "value", args.optim)})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the logs if it is time; the arguments are those of every Trainer callback."""
+        if time.monotonic() - self._last_update >= self.seconds:
+            self._write_state(args, state, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draw the picture; the arguments are those of every Trainer callback."""
+        if state.is_world_process_zero:
+            name = os.path.basename(os.path.abspath(args.output_dir))
+            title = f"{name}: {getattr(args.optim, 'value', args.optim)}"
+            draw_step_size(state.log_history, title, os.path.join(args.output_dir, "step_size.png"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the picture; the arguments are those of every Trainer callback."""
-        from matplotlib.figure import Figure
+        """Write the logs and draw the picture; the arguments are those of every Trainer callback."""
+        self._write_state(args, state, **kwargs)
+        self.on_save(args, state, control)
 
-        logs = [entry for entry in state.log_history if {"loss", "learning_rate"} <= set(entry)]
-        if not state.is_world_process_zero or not logs:
+    def _write_state(self, args: TrainingArguments, state: TrainerState, optimizer: Any = None, **kwargs: Any) -> None:
+        self._last_update = time.monotonic()
+        if not state.is_world_process_zero:
             return
-        evals = [entry for entry in state.log_history if "eval_loss" in entry]
-        steps = [entry["step"] for entry in logs]
-        figure = Figure(figsize=(7, 5.5), layout="constrained")
-        loss_axes, step_size_axes = figure.subplots(2, 1, sharex=True)
-        loss_axes.plot(steps, [entry["loss"] for entry in logs], ".-", label="training loss")
-        if evals:
-            loss_axes.plot(
-                [entry["step"] for entry in evals],
-                [entry["eval_loss"] for entry in evals],
-                "o-",
-                label="evaluation loss",
-            )
-        loss_axes.set_ylabel("loss")
-        if all("step_size" in entry for entry in logs):
-            step_sizes = [entry["step_size"] for entry in logs]
-            taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
-            step_size_axes.plot(steps, step_sizes, ".-", label="step size (search)")
-            step_size_axes.plot(steps, taken, ".--", label="times the schedule")
-        else:
-            step_size_axes.plot(steps, [entry["learning_rate"] for entry in logs], ".-", label="learning rate")
-        step_size_axes.set_yscale("log")
-        step_size_axes.set_ylabel("step size")
-        step_size_axes.set_xlabel("optimizer step")
-        for axes in (loss_axes, step_size_axes):
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
-        figure.suptitle(
-            f"{os.path.basename(os.path.abspath(args.output_dir))}: {getattr(args.optim, 'value', args.optim)}"
-        )
-        figure.savefig(os.path.join(args.output_dir, "step_size.png"), dpi=120)
+        if (alsals := alsals_of(optimizer)) is not None:
+            self.search_seconds = alsals.search_seconds
+        self.updated = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        state.stateful_callbacks["StepSizeCallback"] = self.state()
+        shown = copy.copy(state)
+        shown.best_model_checkpoint = without_local_paths(state.best_model_checkpoint)
+        path = os.path.join(args.output_dir, TRAINER_STATE_NAME)
+        shown.save_to_json(path + ".part")
+        os.replace(path + ".part", path)  # whoever reads it meanwhile reads a whole one
+
+
+def alsals_of(optimizer: Any) -> ALSALS | None:
+    """Return the [`ALSALS`] in what a Trainer callback is given as `optimizer`, if it is one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, ALSALS) else None
+
+
+def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> None:
+    """Draw loss, step size, Armijo ratio and probes over the optimizer steps.
+
+    Args:
+        log_history (`list[dict]`): The Trainer's logs; nothing is drawn if there is none of training.
+        title (`str`): The title of the picture.
+        path (`str`): The picture to write.
+    """
+    from matplotlib.figure import Figure
+
+    logs = [entry for entry in log_history if {"loss", "learning_rate"} <= set(entry)]
+    if not logs:
+        return
+    evals = [entry for entry in log_history if "eval_loss" in entry]
+    steps = [entry["step"] for entry in logs]
+    searched = all("step_size" in entry for entry in logs)
+    figure = Figure(figsize=(7, 10 if searched else 5.5), layout="constrained")
+    loss_axes, step_size_axes, *others = figure.subplots(4 if searched else 2, 1, sharex=True)
+    loss_axes.plot(steps, [entry["loss"] for entry in logs], ".-", label="training loss")
+    if evals:
+        eval_steps = [entry["step"] for entry in evals]
+        loss_axes.plot(eval_steps, [entry["eval_loss"] for entry in evals], "o-", label="evaluation loss")
+    loss_axes.set_ylabel("loss")
+    if searched:
+        taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
+        step_size_axes.plot(steps, [entry["step_size"] for entry in logs], ".-", label="step size (search)")
+        step_size_axes.plot(steps, taken, ".--", label="times the schedule")
+        for axes, name, label in zip(
+            others,
+            ("armijo_ratio", "probes"),
+            ("Armijo ratio (decrease over prediction)", "probes per optimizer step"),
+            strict=True,
+        ):
+            axes.plot(steps, [entry.get(name, math.nan) for entry in logs], ".-", label=label)
+            axes.set_ylabel(name.replace("_", " "))
+    else:
+        step_size_axes.plot(steps, [entry["learning_rate"] for entry in logs], ".-", label="learning rate")
+    step_size_axes.set_yscale("log")
+    step_size_axes.set_ylabel("step size")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.axes[-1].set_xlabel("optimizer step")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -163,7 +163,7 @@ def _chunk_size(tensor: Tensor) -> int:
 
 
 def _cut(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    tensors = tuple(_local(tensor) for tensor in tensors)
+    tensors = tuple(local_shard(tensor) for tensor in tensors)
     count, limit = tensors[0].numel(), _chunk_size(tensors[0])
     if count <= limit or not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
@@ -205,7 +205,7 @@ def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
         part = torch.stack(parts).sum()
         if mesh is not None:
             partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
+            part = DTensor.fromlocal_shard(part, mesh, partial, run_check=False).full_tensor()
         sums.append(part)
     return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
 
@@ -228,5 +228,6 @@ def read(values: list[Tensor | float]) -> list[float]:
     return [float(number) for number in numbers.values()]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this process has; any other tensor as it is."""
+    return tensor.tolocal_shard() if isinstance(tensor, DTensor) else tensor

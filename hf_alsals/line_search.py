@@ -43,7 +43,9 @@ class ArmijoLineSearch:
 
     Attributes:
         step_size (`float`): The step size that the last search ended at; `initial_step_size` before the first.
-        slope, decrease (`float`): Slope and loss decrease of the last search, unsmoothed; 0.0 before the first.
+        slope, decrease, prediction (`float`): Slope, loss decrease and predicted decrease (step size times slope) of
+            the last search, unsmoothed; 0.0 before the first.
+        armijo_ratio (`float`): Decrease over prediction of the last search, which the condition holds against `c`.
         probes (`int`), searched (`bool`): Probes of the last optimizer step, and whether it searched at all.
         accepted (`bool`): Whether the last search ended at a step size with sufficient decrease.
         total_probes (`int`): Probes of all optimizer steps.
@@ -63,6 +65,7 @@ class ArmijoLineSearch:
         "steps_until_search",
         "slope",
         "decrease",
+        "prediction",
         "total_probes",
     )
 
@@ -103,10 +106,16 @@ class ArmijoLineSearch:
         self.steps_until_search = 0
         self.slope = 0.0
         self.decrease = 0.0
+        self.prediction = 0.0
         self.probes = 0
         self.searched = False
         self.accepted = True
         self.total_probes = 0
+
+    @property
+    def armijo_ratio(self) -> float:
+        """The decrease of the last search over its prediction, NaN where the prediction is 0."""
+        return self.decrease / self.prediction if self.prediction != 0 else math.nan
 
     def is_due(self) -> bool:
         """Return whether the next optimizer step is one that searches."""
@@ -146,7 +155,8 @@ class ArmijoLineSearch:
             self.trial_step_size = step_size
         else:
             self.trial_step_size = step_size * self.growth_factor
-        self.slope, self.decrease, self.probes, self.searched, self.accepted = slope, decrease, probes, True, accepted
+        self.slope, self.decrease, self.prediction = slope, decrease, step_size * slope
+        self.probes, self.searched, self.accepted = probes, True, accepted
         self.total_probes += probes
         self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
         self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size

@@ -67,10 +67,12 @@ class ALSALS(torch.optim.Optimizer):
             at the step size `sqrt(machine epsilon)` (of the coarsest dtype among the parameters).
 
     Attributes:
+        handed_over (`tuple`): What `set_closure` was given for the next step: closure, loss and clip_coef.
         step_size (`float`): The step size of the last step, before `lr` multiplied it.
         slope, decrease (`float`): Slope and loss decrease that the last search measured, in units of the loss.
         probes (`int`), searched (`bool`): Probes of the last step, without that of a finite difference, and whether it
             searched.
+        non_finite_probes (`int`): How many probes of the last step gave a loss that is not finite.
         loss (`float`): The loss that the last step started from.
         search_seconds (`float`): Time spent in searches since the optimizer was made.
         skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
@@ -114,9 +116,10 @@ class ALSALS(torch.optim.Optimizer):
         )
         self.loss = math.nan
         self.search_seconds = 0.0
+        self.non_finite_probes = 0
         self.skipped_steps = 0
         self.consecutive_skips = 0
-        self._handed_over: tuple[Any, Any, Any] = (None, None, 1.0)
+        self.handed_over: tuple[Any, Any, Any] = (None, None, 1.0)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,7 +189,7 @@ class ALSALS(torch.optim.Optimizer):
             raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
         if not isinstance(clip_coef, Tensor):
             check_number("clip_coef", clip_coef, lambda x: 0 < x < math.inf, "a positive number")
-        self._handed_over = (closure, loss, clip_coef)
+        self.handed_over = (closure, loss, clip_coef)
 
     @torch.no_grad()
     def step(
@@ -212,9 +215,9 @@ class ALSALS(torch.optim.Optimizer):
             TypeError: If the closure cannot be called, or the loss is not a number.
             ValueError: If the loss is not a scalar.
         """
-        earlier_closure, earlier_loss, clip_coef = self._handed_over
-        self._handed_over = (None, None, 1.0)  # never a second step on the same batch
-        self.line_search.probes, self.line_search.searched = 0, False
+        earlier_closure, earlier_loss, clip_coef = self.handed_over
+        self.handed_over = (None, None, 1.0)  # never a second step on the same batch
+        self.line_search.probes, self.line_search.searched, self.non_finite_probes = 0, False, 0
         if closure is not None:
             clip_coef = 1.0
         else:
@@ -307,9 +310,10 @@ class ALSALS(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("line_search", "growth", "slope_method", "loss", "search_seconds", "skipped_steps", "consecutive_skips")
+        own = ("line_search", "growth", "slope_method", "loss", "search_seconds", "non_finite_probes")
+        own += ("skipped_steps", "consecutive_skips")
         return (
-            super().__getstate__() | {name: getattr(self, name) for name in own} | {"_handed_over": (None, None, 1.0)}
+            super().__getstate__() | {name: getattr(self, name) for name in own} | {"handed_over": (None, None, 1.0)}
         )
 
     def _path_slope(self, params: list[Tensor]) -> Tensor:
@@ -345,7 +349,9 @@ class ALSALS(torch.optim.Optimizer):
                 direction.move(step_size)
             probed = closure()
             _check_loss(probed)
-            return read([probed])[0]
+            (number,) = read([probed])
+            self.non_finite_probes += not math.isfinite(number)
+            return number
 
         begin = time.perf_counter()
         if self.slope_method == "exact":

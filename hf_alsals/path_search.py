@@ -153,7 +153,7 @@ class PathSearch(ArmijoLineSearch):
             for fraction in (0.5, 0.25, 0.125) if found > 0 else ():  # to a tenth, whatever it was looked for from
                 if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
                     found *= 2**fraction
-        self.slope, self.decrease = slope, decreases.get(found, 0.0)
+        self.slope, self.decrease, self.prediction = slope, decreases.get(found, 0.0), found * slope
         self.probes, self.searched = len(decreases), True
         self.total_probes += self.probes
         self.started = self.accepted = found > 0

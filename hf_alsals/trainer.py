@@ -19,6 +19,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_sagemaker_mp_enabled
 
+from .callbacks import StepSizeCallback
+from .failures import FailureCallback
 from .hub import PublishedArguments, is_local_path, remove_local_base_model, without_local_paths
 from .loss_replay import LossReplay
 from .model_card import add_results_to_card, add_search_to_card, correct_start_in_card
@@ -32,7 +34,8 @@ class AlsalsTrainerMixin:
     """Makes any [`~transformers.Trainer`] subclass train with [`ALSALS`]; with another optimizer it changes nothing.
 
     Put it first: `class MyTrainer(AlsalsTrainerMixin, SFTTrainer)`. The arguments are those of the trainer; its
-    training arguments name the optimizer (see [`AlsalsArgumentsMixin`]), or `optimizers` holds an [`ALSALS`].
+    training arguments name the optimizer (see [`AlsalsArgumentsMixin`]), or `optimizers` holds an [`ALSALS`]. It adds
+    [`StepSizeCallback`] and [`FailureCallback`]; `remove_callback` takes them away.
 
     Attributes:
         alsals (`ALSALS` or `None`): The optimizer, without Accelerate's wrapper, once training has begun.
@@ -50,6 +53,9 @@ class AlsalsTrainerMixin:
         optimizer_cls, _ = self.optimizer_cls_and_kwargs or (None, None)
         if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS) or optimizer_cls is ALSALS:
             self._refuse_what_is_not_supported()
+            for callback in (StepSizeCallback, FailureCallback):
+                if not any(isinstance(one, callback) for one in self.callback_handler.callbacks):
+                    self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, and note what its gradient clipping multiplies the gradients by."""
@@ -156,7 +162,7 @@ class AlsalsTrainerMixin:
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the step size, slope, decrease, path slope and probes per step beside the training loss.
+        """Log, with step size, slope, decrease, Armijo ratio, path slope and probes per step beside the training loss.
 
         Args:
             logs (`dict[str, float]`): The values to log.
@@ -172,6 +178,7 @@ class AlsalsTrainerMixin:
             logs["learning_rate"] = logs["step_size"] = self.alsals.step_size
             logs["slope"] = self.alsals.slope
             logs["decrease"] = self.alsals.decrease
+            logs["armijo_ratio"] = self.alsals.line_search.armijo_ratio
             if isinstance(self.alsals.line_search, PathSearch):
                 logs["path_slope"] = self.alsals.line_search.path_slope
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)

@@ -1,8 +1,12 @@
+import json
+import os
+
 import pytest
 from matplotlib.image import imread
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from test_trainer import Sequences, arguments, gpt2
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_alsals.callbacks import StepSizeCallback
+from hf_alsals import AlsalsTrainer, StepSizeCallback
 
 ALSALS_LOGS = [
     {"step": step, "loss": 3 / step, "learning_rate": 1e-3, "step_size": 1e-3 * step, "lr_multiplier": 1 / step}
@@ -42,3 +46,57 @@ def test_an_entry_that_is_not_the_trainers_own_is_left_out(tmp_path):
 
 def test_nothing_is_drawn_without_a_training_log(tmp_path):
     assert not draw(EVAL_LOGS, tmp_path).exists()
+
+
+class Copies(TrainerCallback):
+    """Keeps what is on disk at every log."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_log(self, args, state, control, **kwargs):
+        path = os.path.join(args.output_dir, "trainer_state.json")
+        self.steps.append(TrainerState.load_from_json(path).global_step)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [1, 2, 3, 3]), (1e6, [1, 1, 1, 1])])
+def test_the_logs_of_a_run_that_goes_on_are_on_disk(seconds, steps, tmp_path):
+    copies = Copies()
+    trainer = AlsalsTrainer(
+        gpt2(),
+        arguments(tmp_path, max_steps=3),
+        train_dataset=Sequences(),
+        callbacks=[StepSizeCallback(seconds), copies],
+    )
+    trainer.train()
+    assert copies.steps == steps
+    state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
+    assert state.log_history == trainer.state.log_history
+    assert not (tmp_path / "trainer_state.json.part").exists()
+
+
+def test_the_state_says_what_a_report_needs_and_neither_paths_nor_tokens(tmp_path):
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+    args.load_best_model_at_end, args.metric_for_best_model, args.hub_token = True, "loss", "hf_secret"
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), eval_dataset=Sequences())
+    trainer.train()
+    text = (tmp_path / "trainer_state.json").read_text()
+    assert str(tmp_path) not in text and "hf_secret" not in text and "TOKEN" not in text
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    attributes = json.loads(text)["stateful_callbacks"]["StepSizeCallback"]["attributes"]
+    assert attributes["settings"]["optim"] == "alsals"
+    assert attributes["settings"]["max_steps"] == 4 and attributes["settings"]["output_dir"] == tmp_path.name
+    assert "weight_decay" not in attributes["settings"]
+    assert attributes["search_seconds"] == trainer.alsals.search_seconds > 0
+    assert (tmp_path / "step_size.png").exists()
+
+
+def test_ratio_and_probes_are_drawn_for_a_search_only(tmp_path):
+    (tmp_path / "adamw").mkdir()
+    searched = [entry | {"armijo_ratio": 0.5, "probes": 1.0} for entry in ALSALS_LOGS]
+    assert imread(draw(searched, tmp_path)).shape[0] > imread(draw(ADAMW_LOGS, tmp_path / "adamw")).shape[0]
+    blue = [
+        (abs(imread(draw(logs, tmp_path))[600:, :, :3] - (0.12, 0.47, 0.71)) < 0.05).all(axis=-1).sum()
+        for logs in (ALSALS_LOGS, searched)  # the first as of runs that did not log a ratio
+    ]
+    assert blue[1] > blue[0] + 1000

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_alsals import LossReplay
+from hf_alsals.loss_replay import first_inexact_module
 
 
 class NoisyModel(nn.Module):
@@ -133,3 +134,27 @@ def test_no_graph_is_built(model):
     replay.record(model, torch.randn(8, 4))
     assert not replay().requires_grad
     assert not replay.loss.requires_grad
+
+
+def test_the_innermost_module_with_two_answers_to_one_input_is_named(model):
+    class OwnNoise(nn.Module):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, *, x):
+            return {"x": [x + torch.rand(x.shape, generator=self.generator)]}
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = OwnNoise()
+
+        def forward(self, x):
+            return self.inner(x=x)["x"][0]
+
+    x = torch.randn(8, 4)
+    replay = LossReplay(model, Accelerator(cpu=True))
+    replay.record(model, x)
+    assert first_inexact_module(model, replay) is None
+    model.layers.insert(1, Wrapper())
+    assert first_inexact_module(model, replay) == "layers.1.inner (OwnNoise)"
+    assert not any(module._forward_hooks for module in model.modules())

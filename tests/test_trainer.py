@@ -22,6 +22,7 @@ from hf_alsals import (
     AlsalsTrainer,
     AlsalsTrainerMixin,
     AlsalsTrainingArguments,
+    FailureCallback,
 )
 
 VOCABULARY, LENGTH = 31, 16
@@ -187,6 +188,7 @@ def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
         assert entry["slope"] > 0
         assert math.isfinite(entry["decrease"])
         assert -1 <= entry["path_slope"] <= 1
+        assert entry["armijo_ratio"] >= 0.3
         assert {name: entry[name] for name in seen} == seen
     assert logs[-1]["step_size"] == trainer.alsals.step_size
     assert sum(entry["probes"] * 3 for entry in logs) == pytest.approx(trainer.alsals.line_search.total_probes)
@@ -351,5 +353,6 @@ def test_a_probe_computes_the_loss_of_as_many_micro_batches_as_asked_for(tmp_pat
         optim_args = f"initial_step_size=1e-4{name}"
         args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=3, optim_args=optim_args)
         trainer = Counting(gpt2(), args, train_dataset=Sequences())
+        trainer.remove_callback(FailureCallback)  # which probes once more
         trainer.train()
         assert trainer.calls == 3 * 4 + probed * trainer.alsals.line_search.total_probes
