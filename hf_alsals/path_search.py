@@ -18,7 +18,8 @@ class PathSearch(ArmijoLineSearch):
 
     Searches bound it: they probe the step size that it has come to, and multiply by `decrease_factor` until the
     smoothed decrease is at least `c` times the smoothed prediction, which is `step size * slope`. With predictions
-    smoothed, and not slopes as in arXiv 2403.18519, an old slope does not judge a new step size. The first search
+    smoothed, and not slopes as in arXiv 2403.18519, an old slope does not judge a new step size. One search halves
+    the step size at most, for its batch may be a bad one; the next step searches on. The first search
     looks from `initial_step_size` up or down for the largest step size with a sufficient decrease. Training starts at
     `first_share` of that, for what a first batch allows is mostly noise.
 
@@ -67,6 +68,7 @@ class PathSearch(ArmijoLineSearch):
         search_interval: int | Literal["adaptive"] = 10,
     ) -> None:
         super().__init__(c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval)
+        self.max_probes = 1 + max(1, math.floor(math.log(0.5) / math.log(decrease_factor)))
         self.started = False
         self.smoothed_prediction = 0.0
         self.smoothed_path_slope = 0.0
@@ -122,8 +124,6 @@ class PathSearch(ArmijoLineSearch):
         if not self.started:
             return self._first_search(loss, slope, probe)
         taken = super().search(loss, slope, probe)
-        if not self.accepted:
-            self.step_size = self.trial_step_size
         self.trial_step_size = self.step_size  # it grows in follow()
         return taken
 

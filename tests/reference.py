@@ -64,19 +64,24 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
+        accepted = True
         if k > 0 and lr >= 0.5 * max(lrs[: k + 1]):
             slope = (g * (w_0 - w.bfloat16().double())).sum().item()
             path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
             eta *= growth_factor ** (path / size + 0.3)
+            first = eta
             while True:
-                new_h = beta3 * h + (1 - beta3) * (loss - f(w - eta * d, k).item())
+                decrease = loss - f(w - eta * d, k).item()
+                new_h = beta3 * h + (1 - beta3) * decrease
                 new_q = beta3 * q + (1 - beta3) * eta * (g * d).sum().item()
-                if new_h >= (c if new_q > 0 else 1 / c) * new_q:
+                accepted = new_h >= (c if new_q > 0 else 1 / c) * new_q
+                if accepted or eta * decrease_factor < 0.5 * first:
                     break
                 eta *= decrease_factor
             h, q = new_h, new_q
 
-        w = w - lr * eta * d
+        if accepted or decrease > 0:
+            w = w - lr * eta * d
         step_sizes.append(eta)
         losses.append(loss)
     return step_sizes, losses, w

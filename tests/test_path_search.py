@@ -125,7 +125,7 @@ def test_the_smoothed_decrease_has_to_be_c_times_the_smoothed_prediction():
     search = started(c=0.4, beta3=0.75)
     a = 2.0
     h = q = 0.0
-    for b in (1.0, 60.0, 5.0, 200.0, 3.0):
+    for b in (1.0, 30.0, 5.0, 40.0, 3.0):
         step_size, probes = search.step_size, 1
         while True:
             new_h = 0.75 * h - 0.25 * quadratic(a, b)(step_size)
@@ -145,11 +145,17 @@ def test_uphill_the_loss_may_rise_by_one_over_c_of_the_prediction():
     assert search.search(0.0, -1.0, lambda step_size: 2.1 * step_size if step_size > 0.05 else 0.0) < 0.05
 
 
-def test_a_search_that_fails_costs_one_decrease():
-    search = started()
-    assert search.search(0.0, 1.0, lambda step_size: math.nan) == 0.0
-    assert search.step_size == pytest.approx(0.09)
-    assert search.is_due()
+@pytest.mark.parametrize(("decrease_factor", "probes"), [(0.9, 7), (0.8, 4), (0.5, 2), (0.3, 2)])
+def test_a_search_halves_the_step_size_at_most_and_the_next_step_searches_on(decrease_factor, probes):
+    search = started(decrease_factor=decrease_factor)
+    search.search_interval = 3
+    for k in (1, 2):
+        assert search.search(0.0, 1.0, lambda step_size: math.nan) == 0.0
+        assert search.probes == probes
+        assert search.step_size == pytest.approx(0.1 * decrease_factor ** (k * (probes - 1)))
+        assert search.is_due()
+    assert search.search(0.0, 1.0, lambda step_size: -step_size) == search.step_size
+    assert not search.is_due()
 
 
 @pytest.mark.parametrize("probes_before", [0, 1, 4])

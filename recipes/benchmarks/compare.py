@@ -72,6 +72,9 @@ TASKS = {
     ),
     "gpt2-batch-64": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 64 --max_steps 600"),
     "gpt2-wide": Task("run_clm.py", f"{SIXTEEN} 600 --config_overrides n_embd=256"),
+    "gpt2-accumulation": Task(
+        "run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --max_steps 600"
+    ),
     "gpt2-3000": Task("run_clm.py", f"{SIXTEEN} 3000"),
 }
 
@@ -90,6 +93,7 @@ OPTIMIZERS = {
     "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
     "alsals, from 10": "--optim alsals --optim_args initial_step_size=10",
     "alsals, a search every step": "--optim alsals --optim_args search_interval=1",
+    "alsals, probe_micro_batches 1": "--optim alsals --optim_args probe_micro_batches=1",
     "alsals, adaptive cadence": "--optim alsals --optim_args search_interval=adaptive",
     "alsals, constant growth": "--optim alsals --optim_args growth=constant",
 }
