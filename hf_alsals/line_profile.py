@@ -69,6 +69,7 @@ class LineProfile:
             for step_size in step_sizes:
                 torch._foreach_copy_(self.params, self.start)
                 torch._foreach_add_(self.params, self.direction, alpha=-step_size)
+                torch.clear_autocast_cache()
                 losses.append(read([closure()])[0])
         finally:
             torch._foreach_copy_(self.params, present)

@@ -347,6 +347,7 @@ class ALSALS(torch.optim.Optimizer):
         def probe(step_size: float) -> float:
             for direction in directions:
                 direction.move(step_size)
+            torch.clear_autocast_cache()  # within an outer autocast it holds the weights of the training forward pass
             probed = closure()
             _check_loss(probed)
             (number,) = read([probed])

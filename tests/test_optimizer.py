@@ -1382,3 +1382,26 @@ def test_a_step_waits_once_for_the_device_and_a_search_once_more_and_once_a_prob
         assert waits.count == 1 + (1 + optimizer.probes if optimizer.searched else 0)
         searched.append(optimizer.searched)
     assert searched == [True, False, False, True, False, False, True]
+
+
+def test_an_autocast_around_the_step_does_not_hide_the_moves_from_the_probes():
+    losses = {}
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 1)
+        x = torch.randn(64, 8)
+        optimizer = hf_alsals.ALSALS(model.parameters())
+        losses[around] = []
+
+        def closure(model=model, x=x, losses=losses[around]):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x).float() - x[:, :1]).square().mean()
+            losses.append(loss.item())
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            loss = closure()
+            loss.backward()
+            optimizer.step(closure, loss)
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) > 2

@@ -1,0 +1,150 @@
+import importlib.util
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_alsals import ALSALS
+
+STUDIES = Path(__file__).parent.parent / "recipes" / "studies"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+study = load("study")  # the others import it
+slope, batch_noise, irregular_landscape = load("slope"), load("batch_noise"), load("irregular_landscape")
+
+
+def run(module, monkeypatch, folder, *flags):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--output_dir", str(folder), *flags])
+    module.main()
+    return json.loads(folder.joinpath(f"{module.__name__}.json").read_text())
+
+
+@pytest.mark.parametrize("module", [slope, batch_noise, irregular_landscape], ids=lambda module: module.__name__)
+def test_a_page_holds_the_table_of_its_numbers(module):
+    report = json.loads(STUDIES.joinpath(f"{module.__name__}.json").read_text())
+    page = STUDIES.joinpath(f"{module.__name__}.md").read_text()
+    for table in module.table(report).split("\n\n"):
+        assert table in page
+    measured = report.get("runs", report.get("points"))
+    for row, again in zip(report["rows"], module.summarize(measured), strict=True):
+        assert again == pytest.approx(row)
+    assert report["command"] == f"python recipes/studies/{module.__name__}.py"
+    assert f"]({module.__name__}.png)" in page and STUDIES.joinpath(f"{module.__name__}.png").exists()
+
+
+def test_slopes_are_those_of_the_loss(monkeypatch, tmp_path, capsys):
+    flags = ("--steps", "5", "--every", "2", "--seed", "3")
+    report = run(slope, monkeypatch, tmp_path, *flags)
+    assert capsys.readouterr().out.strip() == slope.table(report)
+    assert tmp_path.joinpath("slope.png").stat().st_size > 10_000
+    assert [point["step"] for point in report["points"]] == [0, 2, 4]
+    first = report["points"][0]
+    assert first["searched_slope"] == pytest.approx(first["float32"]["exact"], rel=1e-5)
+    # The first direction of Adam is the sign of the gradient, where that is far above eps.
+    assert first["float32"]["preconditioned"] == pytest.approx(first["float32"]["exact"], rel=1e-3)
+    assert first["smoothed"] == pytest.approx(0.01 * first["float32"]["exact"], rel=1e-5)
+    for point in report["points"]:
+        double, single = point["float64"], point["float32"]
+        assert double["exact"] == pytest.approx(double["true"], rel=1e-6)
+        assert double["finite_difference"]["1e-09"] == pytest.approx(double["true"], rel=1e-4)
+        assert single["exact"] == pytest.approx(double["true"], rel=1e-4)
+        for precision in ("bfloat16 autocast", "bfloat16 weights"):
+            assert point[precision]["exact"] == pytest.approx(point[precision]["true"], rel=1e-2)
+    rows = {(row["estimate"], row["precision"]): row for row in report["rows"]}
+    assert rows["exact", "float64"]["correlation"] == pytest.approx(1)
+    assert rows["smoothed", "float32"]["bias"] < -0.5  # an average that starts at 0
+
+
+def test_a_share_of_labels_is_replaced_by_others():
+    _, labels, _, _ = study.digits()
+    assert torch.equal(batch_noise.replace_labels(labels, 0.0, 1), labels)
+    replaced = batch_noise.replace_labels(labels, 0.4, 1)
+    assert (replaced != labels).sum() == round(0.4 * len(labels))
+    assert set(replaced.tolist()) == set(range(10))
+    assert not torch.equal(replaced, batch_noise.replace_labels(labels, 0.4, 2))
+
+
+def test_batch_noise_runs_every_setting(monkeypatch, tmp_path, capsys):
+    report = run(batch_noise, monkeypatch, tmp_path, "--steps", "8", "--seeds", "1", "2")
+    table = batch_noise.table(report)
+    assert capsys.readouterr().out.strip() == table
+    assert len(table.splitlines()) == 2 + len(batch_noise.SHARES) * len(batch_noise.BATCH_SIZES)
+    assert len(report["runs"]) == 2 * 20 * (1 + len(study.LEARNING_RATES))
+    assert tmp_path.joinpath("batch_noise.png").stat().st_size > 10_000
+
+
+def plain_alsals(steps):
+    """The same training as that of the studies, on 64 rows a batch, written out."""
+    x, y, x_validation, y_validation = study.digits()
+    torch.manual_seed(5)
+    sizes = (64, 128, 128, 10)
+    layers = [layer for pair in pairwise(sizes) for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*layers[:-1])
+    optimizer = ALSALS(model.parameters())
+    generator = torch.Generator().manual_seed(5)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / steps))
+        rows = torch.randperm(len(x), generator=generator)[:64]
+        loss = cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(lambda rows=rows: cross_entropy(model(x[rows]), y[rows]), loss)
+    with torch.no_grad():
+        return cross_entropy(model(x_validation), y_validation).item()
+
+
+def test_without_noise_and_roughness_it_is_the_plain_run():
+    expected = plain_alsals(30)
+    clean = batch_noise.run(batch_size=64, share=0.0, learning_rate=None, seed=5, steps=30)
+    assert clean["validation_loss"] == expected
+    flat = irregular_landscape.run(0.0, 300, "alsals", None, seed=5, steps=30)
+    assert (flat["validation_loss"], flat["roughness"]) == (expected, 0.0)
+    rough = irregular_landscape.run(0.1, 300, "alsals", None, seed=5, steps=30)
+    assert rough["validation_loss"] != expected and 0 < rough["roughness"] <= 0.2
+
+
+def test_roughness_is_the_formula():
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.1]]))
+        model.bias.fill_(-0.2)
+    expected = 3 * (2 - math.cos(0.7) - math.cos(1.4)) / 3
+    assert irregular_landscape.roughness(model, 3.0, 7.0).item() == pytest.approx(expected)
+
+
+def test_numbers_of_searches():
+    sizes, ratios = [0.1, 1.0, 1.0, 2.0, 1.0], [9.0, 0.2, math.nan, 0.6, 0.4]
+    records = [
+        {"step_size": size, "probes": i % 2 * 4, "searched": i % 2 == 1, "ratio": ratio}
+        for size, ratio in zip(sizes, ratios)
+        for i in range(2)
+    ]
+    numbers = irregular_landscape.search_numbers(records)
+    assert numbers["probes"] == 2 and numbers["probes_a_search"] == 4
+    assert numbers["ratio"] == pytest.approx(0.4)
+    assert numbers["jump"] == pytest.approx(2 * math.log(2) / 3)
+    assert (numbers["first_step_size"], numbers["step_size"]) == (0.1, 1.0)
+    path_slopes = [record | {"path_slope": float(i)} for i, record in enumerate(records)]
+    assert irregular_landscape.search_numbers(path_slopes)["path_slope"] == 2
+
+
+def test_irregular_landscape_runs_every_setting(monkeypatch, tmp_path, capsys):
+    report = run(irregular_landscape, monkeypatch, tmp_path, "--steps", "12", "--seeds", "1")
+    table = irregular_landscape.table(report)
+    assert capsys.readouterr().out.strip() == table
+    assert len(table.splitlines()) == 2 + 3 * len(irregular_landscape.LANDSCAPES)
+    assert len(report["runs"]) == (2 + len(study.LEARNING_RATES)) * len(irregular_landscape.LANDSCAPES)
+    assert tmp_path.joinpath("irregular_landscape.png").stat().st_size > 10_000
