@@ -44,6 +44,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Note the settings that are not the default; the arguments are those of every Trainer callback."""
         defaults = {one.name: None if one.default is MISSING else one.default for one in fields(args)}
+        defaults |= {"adam_beta1": TrainingArguments.adam_beta1}
         shown = {
             name: value
             for name, value in args.to_dict().items()

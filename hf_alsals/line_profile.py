@@ -172,7 +172,8 @@ class LineProfileCallback(TrainerCallback):
             path = os.path.join(folder, f"step-{self._profile['step']:06}")
             with open(path + ".json", "w") as file:
                 json.dump(self._profile, file)
-            draw_line_profile(self._profile, path + ".png")
+            draw_line_profile(self._profile, path + ".part.png")
+            os.replace(path + ".part.png", path + ".png")  # a report made meanwhile finds a whole one
 
 
 def draw_line_profile(profile: dict[str, Any], path: str) -> None:
@@ -196,8 +197,10 @@ def draw_line_profile(profile: dict[str, Any], path: str) -> None:
     line = [first - profile["c"] * step_size * profile["slope"] for step_size in step_sizes[1:]]
     axes.plot(step_sizes[1:], line, "--", color="gray", label=f"sufficient decrease, c = {profile['c']:g}")
     axes.axhline(first, color="black", linewidth=0.6)
-    axes.axvline(profile["accepted_step_size"], color="C2", label=f"step taken, {profile['accepted_step_size']:.2g}")
-    axes.axvline(profile["best_step_size"], color="C3", linestyle=":", label=f"best, {profile['best_step_size']:.2g}")
+    if profile["accepted_step_size"] > 0:
+        axes.axvline(profile["accepted_step_size"], color="C2", label="step taken")
+    if profile["best_step_size"] > 0:
+        axes.axvline(profile["best_step_size"], color="C3", linestyle=":", label="best step")
     seen = [loss for loss in profile["losses"] if math.isfinite(loss)]
     spread = max(first - min(seen), 1e-12)
     axes.set_ylim(min(seen) - 0.5 * spread, first + 2 * spread)

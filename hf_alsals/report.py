@@ -1,0 +1,326 @@
+"""Web pages of a single file: what a run did, and how several runs compare."""
+
+import base64
+import datetime
+import glob
+import io
+import json
+import math
+import os
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .hub import without_local_paths
+from .optimizer import PRESETS
+
+# What an evaluation gives beside its metrics.
+_NO_METRICS = ("runtime", "per_second", "preparation_time", "samples")
+
+_LOSS_NOTE = "The training loss is faint as logged, and full as the mean of 5 logs."
+
+# Pairs of optimizer step (or seconds) and value.
+Points = list[tuple[float, float]]
+
+# What matplotlib draws: points and their style.
+Line = tuple[Points, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What a run has left in its output directory; see [`load_run`].
+
+    Attributes:
+        name (`str`): The last part of the directory's path.
+        state (`TrainerState`): The newest state that the run has saved.
+        updated (`str`): When it was saved, in ISO format.
+        settings (`dict`): The training arguments that are not the default; empty if the run has not saved them.
+        search_seconds (`float`, *optional*): Time spent in searches.
+        warnings (`list[dict]`): `step` and `message` of each warning.
+        logs (`list[dict]`): The logs of training.
+        metrics (`dict[str, list[tuple]]`): The values of each evaluation metric.
+        end (`dict`): The log of the end of training; empty before.
+    """
+
+    name: str
+    state: TrainerState
+    updated: str
+    settings: dict[str, Any]
+    search_seconds: float | None
+    warnings: list[dict[str, Any]]
+    logs: list[dict[str, Any]]
+    metrics: dict[str, Points]
+    end: dict[str, Any]
+
+    @property
+    def progress(self) -> str:
+        """Whether the run has come to its end."""
+        step, max_steps = self.state.global_step, self.state.max_steps
+        if 0 < max_steps <= step:
+            return "finished"
+        # As by early stopping; a run that is killed does not log its end.
+        return f"{'finished' if self.end.get('step') == step else 'running or stopped'} at step {step} of {max_steps}"
+
+    @property
+    def losses(self) -> dict[str, Points]:
+        """The evaluation metrics that are losses."""
+        return {name: points for name, points in self.metrics.items() if name.endswith("loss")}
+
+    @property
+    def taken(self) -> Points:
+        """The step sizes that were taken: those of the search, or of another optimizer, times the schedule."""
+        return [(entry["step"], entry["learning_rate"] * entry.get("lr_multiplier", 1)) for entry in self.logs]
+
+    def points(self, name: str) -> Points:
+        """Return the values that the logs of training have under a name."""
+        return [(entry["step"], entry[name]) for entry in self.logs if name in entry]
+
+    def summary(self) -> dict[str, str]:
+        """Return the run in a few numbers: texts by their names."""
+        rows = {
+            "optimizer": self.settings.get("optim", "not recorded"),
+            "optimizer steps": str(self.state.global_step),
+        }
+        if self.logs:
+            rows["training loss, last"] = f"{self.logs[-1]['loss']:.4g}"
+        for name, points in self.metrics.items():
+            # As in the Trainer, less is better of a loss, and more of everything else.
+            word, best = ("lowest", min) if name in self.losses else ("highest", max)
+            finite = [point for point in points if math.isfinite(point[1])] or points
+            step, value = best(finite, key=lambda point: point[1])
+            rows[f"{name}, {word}"] = f"{value:.4g} (step {step})"
+            rows[f"{name}, last"] = f"{points[-1][1]:.4g}"
+        if searched := self.points("step_size"):
+            rows["step size of the search, last"] = f"{searched[-1][1]:.4g}"
+        if self.logs:
+            rows["step size taken, last"] = f"{self.taken[-1][1]:.4g}"
+        if probes := self.points("probes"):
+            # Each log has the probes per step since the log before.
+            steps = [0, *(step for step, _ in probes)]
+            total = sum(value * (step - last) for (step, value), last in zip(probes, steps))
+            rows["probes per step"] = f"{total / steps[-1]:.2f}"
+        if self.end:
+            if searched and self.search_seconds is not None:
+                rows["time in the search"] = f"{self.search_seconds / self.end['train_runtime']:.1%}"
+            rows["steps per second"] = f"{self.end['train_steps_per_second']:.4g}"
+        return rows
+
+
+def load_run(run_dir: str) -> Run:
+    """Read a run, be it at its end or still going on.
+
+    Args:
+        run_dir (`str`): The output directory of the run.
+
+    Raises:
+        ValueError: If neither it nor a checkpoint in it holds a trainer_state.json that can be read.
+    """
+    names = [TRAINER_STATE_NAME, *glob.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}", root_dir=run_dir)]
+    states = []
+    for path in (os.path.join(run_dir, name) for name in names):
+        try:
+            states.append((TrainerState.load_from_json(path), path))
+        except (OSError, TypeError, ValueError):  # not there, or not written to its end
+            continue
+    if not states:
+        raise ValueError(
+            f"run_dir must be a folder with a {TRAINER_STATE_NAME} in it or in a checkpoint of it, got {run_dir!r}."
+        )
+    state, path = max(states, key=lambda one: one[0].global_step)
+    saved_at = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone().isoformat(timespec="seconds")
+    steps, failures = (
+        state.stateful_callbacks.get(name, {}).get("attributes", {})
+        for name in ("StepSizeCallback", "FailureCallback")
+    )
+    end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+    evaluations = list(state.log_history)
+    results_path = os.path.join(run_dir, "all_results.json")
+    if end.get("step") == state.global_step and os.path.exists(results_path):
+        with open(results_path) as file:
+            evaluations.append({"step": state.global_step} | json.load(file))
+    metrics: dict[str, Points] = {}
+    for entry in evaluations:
+        for name in entry:
+            if name.startswith("eval_") and not name.endswith(_NO_METRICS):
+                points = metrics.setdefault(name, [])
+                # The results repeat an evaluation that is in the log.
+                if points[-1:] != [(entry["step"], entry[name])]:
+                    points.append((entry["step"], entry[name]))
+    return Run(
+        name=os.path.basename(os.path.abspath(run_dir)),
+        state=state,
+        updated=steps.get("updated", saved_at),
+        settings=without_local_paths(steps.get("settings", {})),
+        search_seconds=steps.get("search_seconds"),
+        warnings=failures.get("warnings", []),
+        logs=[entry for entry in state.log_history if {"loss", "learning_rate"} <= set(entry)],
+        metrics=metrics,
+        end=end,
+    )
+
+
+def report(run_dir: str) -> str:
+    """Return a web page on a run: warnings, numbers, curves, line profiles and settings.
+
+    Args:
+        run_dir (`str`): The output directory of the run.
+
+    Raises:
+        ValueError: If there is no run in it.
+    """
+    run = load_run(run_dir)
+    losses = _loss_lines(run.points("loss"), "C0", "training loss")
+    losses += [
+        (points, {"color": f"C{number}", "label": name})
+        for number, (name, points) in enumerate(run.losses.items(), start=1)
+    ]
+    step_sizes = [
+        (run.points("step_size"), {"color": "C0", "label": "of the search"}),
+        (run.taken, {"color": "C1", "label": "taken"}),
+    ]
+    c = _sufficient_decrease(run.settings)
+    ratios = [(step, min(max(ratio, -1), 2)) for step, ratio in run.points("armijo_ratio")]
+    armijo = [
+        (ratios, {"color": "C0", "label": "of the last search"}),
+        ([(step, c) for step, _ in ratios], {"color": "C1", "label": f"c = {c:g}"}),
+    ]
+    pictures = [
+        *_draw("loss", losses),
+        *_draw("step size", step_sizes, log=True),
+        *_draw("Armijo ratio, cut off at -1 and 2", armijo),
+        *_draw("probes per step", [(run.points("probes"), {"color": "C0"})]),
+        *_draw("path slope", [(run.points("path_slope"), {"color": "C0"})]),
+    ]
+    profiles = []
+    for name in sorted(glob.glob("line_profile/step-*.png", root_dir=run_dir)):
+        with open(os.path.join(run_dir, name), "rb") as file:
+            profiles.append(_picture(os.path.basename(name).removesuffix(".png"), file.read()))
+    return _render(
+        title=f"Run {run.name}",
+        progress=f"{run.progress}, last update {run.updated}",
+        warnings=[f"Step {warning['step']}: {warning['message']}" for warning in run.warnings],
+        sections=[
+            {"heading": "Summary", "rows": run.summary().items()},
+            {"heading": "Curves", "note": _LOSS_NOTE, "pictures": pictures},
+            {"heading": "Loss along the search direction", "pictures": profiles},
+            {"heading": "Settings that are not the default", "rows": sorted(run.settings.items())},
+        ],
+    )
+
+
+def compare(run_dirs: list[str]) -> str:
+    """Return a web page on several runs: numbers, curves in the same pictures, and the settings that differ.
+
+    Args:
+        run_dirs (`list[str]`): The output directories of the runs.
+
+    Raises:
+        ValueError: If there is no run in one of them.
+    """
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    if len({run.name for run in runs}) < len(runs):
+        for number, run in enumerate(runs, start=1):
+            run.name = f"{number}: {run.name}"
+    spectrum = matplotlib.colormaps["turbo"].resampled(len(runs))
+    colors = [to_hex(f"C{number}" if len(runs) <= 10 else spectrum(number)) for number in range(len(runs))]
+    names = [run.name for run in runs]
+    summaries = [run.summary() for run in runs]
+    columns = dict.fromkeys(name for summary in summaries for name in summary)
+    numbers = [
+        [run.name, run.progress, *(summary.get(column, "") for column in columns), len(run.warnings)]
+        for run, summary in zip(runs, summaries)
+    ]
+    seconds_per_step = [run.end["train_runtime"] / run.end["step"] if run.end else None for run in runs]
+    settings = []
+    for name in sorted({name for run in runs for name in run.settings}):
+        # A run without StepSizeCallback has saved none.
+        values = [str(run.settings.get(name, "default")) if run.settings else "not recorded" for run in runs]
+        if len(set(values)) > 1:
+            settings.append([name, *values])
+    return _render(
+        title=f"Comparison of {len(runs)} runs",
+        sections=[
+            {"heading": "Summary", "header": ["run", "state", *columns, "warnings"], "rows": numbers},
+            {
+                "heading": "Curves against optimizer steps",
+                "note": _LOSS_NOTE,
+                "legend": list(zip(colors, names)),
+                "pictures": _overlays(runs, colors, [1.0] * len(runs), "optimizer step"),
+            },
+            {
+                "heading": "Curves against seconds",
+                "note": "Of runs that have ended; the time of the training is spread evenly over its steps.",
+                "legend": list(zip(colors, names)),
+                "pictures": _overlays(runs, colors, seconds_per_step, "seconds"),
+            },
+            {"heading": "Settings that differ", "header": ["setting", *names], "rows": settings},
+        ],
+    )
+
+
+def _overlays(runs: list[Run], colors: list[str], scales: list[float | None], x_label: str) -> list[dict[str, str]]:
+    """Return pictures of losses and step sizes of the runs, with the steps multiplied by the scale of each run."""
+    lines: dict[str, list[Line]] = defaultdict(list)
+    for run, color, scale in zip(runs, colors, scales):
+        if scale is None:
+            continue
+        curves = {"training loss": run.points("loss"), **run.losses, "step size taken": run.taken}
+        for title, points in curves.items():
+            scaled = [(step * scale, value) for step, value in points]
+            lines[title] += _loss_lines(scaled, color) if title == "training loss" else [(scaled, {"color": color})]
+    step_sizes = lines.pop("step size taken", [])
+    pictures = [picture for title in lines for picture in _draw(title, lines[title], x_label)]
+    return pictures + _draw("step size taken", step_sizes, x_label, log=True)
+
+
+def _loss_lines(points: Points, color: str, label: str | None = None) -> list[Line]:
+    """Return the losses as logged, faint, and the mean of the 5 around each."""
+    values = [value for _, value in points]
+    means = [(step, statistics.mean(values[max(0, i - 2) : i + 3])) for i, (step, _) in enumerate(points)]
+    return [(points, {"color": color, "alpha": 0.3}), (means, {"color": color, "label": label})]
+
+
+def _sufficient_decrease(settings: dict[str, Any]) -> float:
+    """Return the constant c that a run was made with."""
+    c = PRESETS.get(settings.get("optim"), {}).get("c", 0.3)
+    given = re.search(r"\bc *= *([^, ]+)", settings.get("optim_args") or "")
+    return float(given.group(1)) if given else c
+
+
+def _draw(title: str, lines: list[Line], x_label: str = "optimizer step", log: bool = False) -> list[dict[str, str]]:
+    """Return a picture of the lines that have points, in a list that is empty if none has."""
+    lines = [(points, style) for points, style in lines if points]
+    if not lines:
+        return []
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for points, style in lines:
+        axes.plot(*zip(*points), marker="." if len(points) < 50 else "", **style)
+    if log and any(value > 0 for points, _ in lines for _, value in points):
+        axes.set_yscale("log", nonpositive="mask")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=200, metadata={"Software": None})
+    return [_picture(title, file.getvalue())]
+
+
+def _picture(title: str, png: bytes) -> dict[str, str]:
+    return {"title": title, "source": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
+
+
+def _render(**content: Any) -> str:
+    loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
+    return jinja2.Environment(loader=loader, autoescape=True).get_template("report.html").render(content)
