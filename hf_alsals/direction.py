@@ -230,4 +230,4 @@ def read(values: list[Tensor | float]) -> list[float]:
 
 def local_shard(tensor: Tensor) -> Tensor:
     """Return the part of a DTensor that this process has; any other tensor as it is."""
-    return tensor.tolocal_shard() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
