@@ -205,7 +205,7 @@ def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
         part = torch.stack(parts).sum()
         if mesh is not None:
             partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-            part = DTensor.fromlocal_shard(part, mesh, partial, run_check=False).full_tensor()
+            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
         sums.append(part)
     return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
 
