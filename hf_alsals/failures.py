@@ -112,7 +112,7 @@ class FailureMonitor:
             found["run-away step size"] = (
                 f"the step size has grown from {self.step_size_at_lowest_loss:.1e} to {self.alsals.step_size:.1e} in "
                 f"{self.steps_since_lowest_loss} steps in which the loss did not fall: nothing bounds it; try "
-                "lr_scheduler_type=cosine, or growth=path or a smaller growth_factor in optim_args."
+                "lr_scheduler_type=linear, or growth=path or a smaller growth_factor in optim_args."
             )
         if [one["uphill"] for one in self.searches][-half:] == half * [True]:
             found["uphill direction"] = (

@@ -40,7 +40,7 @@ class AlsalsArgumentsMixin:
             [`ALSALS`]) and `probe_micro_batches` (see [`LossReplay`]).
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
-        lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"cosine"` for `alsals` and
+        lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"linear"` for `alsals` and
             `"constant"` for the published methods if left out. For all others the Trainer's own default.
         adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.
 
@@ -65,7 +65,7 @@ class AlsalsArgumentsMixin:
     lr_scheduler_type: SchedulerType | None = field(
         default=None,
         metadata={
-            "help": "The scheduler type to use. Defaults to cosine for alsals, to constant for alsals_paper, salsa "
+            "help": "The scheduler type to use. Defaults to linear for alsals, to constant for alsals_paper, salsa "
             "and adam_sls, to the Trainer's own default for all others."
         },
     )
@@ -78,7 +78,7 @@ class AlsalsArgumentsMixin:
         ours = optim in PRESETS
         defaults = {
             "learning_rate": 1.0,
-            "lr_scheduler_type": "cosine" if optim == "alsals" else "constant",
+            "lr_scheduler_type": "linear" if optim == "alsals" else "constant",
             "adam_beta1": PRESETS[optim].get("betas", (super().adam_beta1,))[0] if ours else None,
         }
         for name, value in defaults.items():

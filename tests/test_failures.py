@@ -88,7 +88,7 @@ def test_growth_on_a_loss_that_does_not_fall_is_named():
     named = watch(optimizer, losses, 600)
     assert list(named) == ["run-away step size"]
     step, message = named["run-away step size"]
-    assert step == 200 and "lr_scheduler_type=cosine" in message and "growth=path" in message
+    assert step == 200 and "lr_scheduler_type=linear" in message and "growth=path" in message
 
 
 def test_a_momentum_that_points_uphill_is_named():

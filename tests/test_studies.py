@@ -24,6 +24,7 @@ def load(name):
 
 study = load("study")  # the others import it
 slope, batch_noise, irregular_landscape = load("slope"), load("batch_noise"), load("irregular_landscape")
+directions = load("directions")
 
 
 def run(module, monkeypatch, folder, *flags):
@@ -32,7 +33,10 @@ def run(module, monkeypatch, folder, *flags):
     return json.loads(folder.joinpath(f"{module.__name__}.json").read_text())
 
 
-@pytest.mark.parametrize("module", [slope, batch_noise, irregular_landscape], ids=lambda module: module.__name__)
+STUDIED = (slope, batch_noise, irregular_landscape, directions)
+
+
+@pytest.mark.parametrize("module", STUDIED, ids=lambda module: module.__name__)
 def test_a_page_holds_the_table_of_its_numbers(module):
     report = json.loads(STUDIES.joinpath(f"{module.__name__}.json").read_text())
     page = STUDIES.joinpath(f"{module.__name__}.md").read_text()
@@ -96,7 +100,7 @@ def plain_alsals(steps):
     optimizer = ALSALS(model.parameters())
     generator = torch.Generator().manual_seed(5)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 1 - step / steps
         rows = torch.randperm(len(x), generator=generator)[:64]
         loss = cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
@@ -148,3 +152,55 @@ def test_irregular_landscape_runs_every_setting(monkeypatch, tmp_path, capsys):
     assert len(table.splitlines()) == 2 + 3 * len(irregular_landscape.LANDSCAPES)
     assert len(report["runs"]) == (2 + len(study.LEARNING_RATES)) * len(irregular_landscape.LANDSCAPES)
     assert tmp_path.joinpath("irregular_landscape.png").stat().st_size > 10_000
+
+
+def test_the_search_along_the_steps_of_adam_is_alsals():
+    x, y, _, _ = study.digits()
+    model, twin = study.network(3), study.network(3)
+    searched = directions.SearchedStep(twin.parameters(), torch.optim.Adam)
+    optimizer = ALSALS(model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    searches = 0
+    for step in range(60):
+        rows = torch.randperm(len(x), generator=generator)[:64]
+        schedule = optimizer.param_groups[0]["lr"] = 1 - step / 60
+        for one in (model, twin):
+            one.zero_grad()
+            loss = cross_entropy(one(x[rows]), y[rows])
+            loss.backward()
+            if one is model:
+                optimizer.step(lambda rows=rows: cross_entropy(model(x[rows]), y[rows]), loss)
+            else:
+                searched.step(lambda rows=rows: cross_entropy(twin(x[rows]), y[rows]), loss.item(), schedule)
+        searches += optimizer.searched
+        # Not to the bit: the copy of the first weights is in bfloat16 there.
+        assert searched.line_search.step_size == pytest.approx(optimizer.step_size, rel=0.02)
+        assert searched.line_search.probes == optimizer.probes
+    assert searches >= 3
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("name", directions.OPTIMIZERS)
+def test_a_step_is_proportional_to_the_learning_rate(name):
+    make, _ = directions.OPTIMIZERS[name]
+    moves = []
+    for rate in (1.0, 0.5):
+        model = study.network(2).double()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = make(model.parameters(), lr=rate)
+        model(torch.ones(1, 64).double()).square().sum().backward()
+        optimizer.step()
+        moves.append([(start - p.detach()) / rate for start, p in zip(before, model.parameters(), strict=True)])
+    for one, other in zip(*moves, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert one.abs().max() > 0
+
+
+def test_directions_runs_every_setting(monkeypatch, tmp_path, capsys):
+    report = run(directions, monkeypatch, tmp_path, "--steps", "4", "--seeds", "1")
+    table = directions.table(report)
+    assert capsys.readouterr().out.strip() == table
+    assert len(table.splitlines()) == 2 + len(directions.OPTIMIZERS)
+    assert len(report["runs"]) == sum(1 + len(rates) for _, rates in directions.OPTIMIZERS.values())
+    assert tmp_path.joinpath("directions.png").stat().st_size > 10_000

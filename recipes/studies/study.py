@@ -77,7 +77,7 @@ def train(
         scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
     else:
         optimizer = ALSALS(model.parameters(), **PRESETS[optimizer_name])
-        scheduler = get_scheduler("cosine" if optimizer_name == "alsals" else "constant", optimizer, 0, steps)
+        scheduler = get_scheduler("linear" if optimizer_name == "alsals" else "constant", optimizer, 0, steps)
     generator = torch.Generator().manual_seed(seed)
     records = []
     for _ in range(steps):
