@@ -96,7 +96,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[str, Any]:
-    """Train once, at a learning rate with 10 % warm-up and cosine, or with the search and the linear schedule of `alsals`."""
+    """Train once, at a learning rate with 10 % warm-up and cosine, or with the search and a linear schedule."""
     make, _ = OPTIMIZERS[name]
     train_blocks, validation_blocks = text()
     torch.manual_seed(seed)
