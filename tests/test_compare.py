@@ -15,7 +15,7 @@ spec.loader.exec_module(compare)
 
 
 def test_a_matrix_is_run_once_and_grown(monkeypatch, tmp_path, capsys):
-    task = compare.Task("run_image_classification.py", "--max_steps 4", learning_rates=(1e-4, 1e-2, 1e-3))
+    task = compare.Task("run_image_classification.py", max_steps=4, learning_rates=(1e-4, 1e-2, 1e-3))
     monkeypatch.setattr(compare, "TASKS", {"digits": task})
     results = tmp_path / "results"
 
@@ -45,6 +45,11 @@ def test_a_matrix_is_run_once_and_grown(monkeypatch, tmp_path, capsys):
     )
     grown = {"digits-alsals-seed2.json"} | {f"digits-adamw-{rate:g}-seed2.json" for rate in by_loss[:2]}
     assert set(second) - set(first) == grown
+
+
+def test_fewer_steps_are_a_share_of_them():
+    assert compare.Task("run_clm.py", max_steps=600).length(0.95) == "--max_steps 570"
+    assert compare.Task("run_clm.py").length(0.95) == "--num_train_epochs 2.85"
 
 
 def row(optimizer, learning_rate, loss, seed):
@@ -82,8 +87,8 @@ def test_a_wrong_argument_is_named_with_its_value(flag, value, monkeypatch, tmp_
 
 def test_a_run_that_fails_does_not_end_the_matrix(monkeypatch, tmp_path, capsys):
     tasks = {
-        "digits": compare.Task("run_image_classification.py", "--max_steps 2"),
-        "broken": compare.Task("run_image_classification.py", "--max_steps 2 --image_size 1"),
+        "digits": compare.Task("run_image_classification.py", max_steps=2),
+        "broken": compare.Task("run_image_classification.py", "--image_size 1", 2),
     }
     monkeypatch.setattr(compare, "TASKS", dict(reversed(tasks.items())))
     flags = ["--tasks", "broken", "digits", "--optimizers", "alsals", "--seeds", "1", "--results", str(tmp_path / "r")]

@@ -38,19 +38,26 @@ class Task:
 
     recipe: str
     flags: str = ""
+    max_steps: int | None = None  # else the recipe's three epochs
     schedule: str = "cosine"
     metric: str = "eval_loss"
     higher_is_better: bool = False
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
 
+    def length(self, share: float) -> str:
+        """Return the flag for a share of the steps."""
+        if self.max_steps is None:
+            return f"--num_train_epochs {3 * share:g}"
+        return f"--max_steps {round(share * self.max_steps)}"
+
 
 FINE_TUNING = (
     "--task_name {0} --train_file {{data_dir}}/glue/{0}/train.json"
     " --validation_file {{data_dir}}/glue/{0}/validation.json"
-    " --model_name_or_path {{minilm}} --per_device_train_batch_size 32 --pad_to_max_length false --max_steps {1}"
+    " --model_name_or_path {{minilm}} --per_device_train_batch_size 32 --pad_to_max_length false"
 )
 SHAKESPEARE = "--train_file {data_dir}/text/tinyshakespeare.txt --block_size 128"
-SIXTEEN = f"{SHAKESPEARE} --per_device_train_batch_size 16 --max_steps"
+SIXTEEN = f"{SHAKESPEARE} --per_device_train_batch_size 16"
 LOW = (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)
 
 TASKS = {
@@ -58,24 +65,25 @@ TASKS = {
     "cifar10": Task(
         "run_image_classification.py",
         "--train_file {data_dir}/cifar10/train.parquet --validation_file {data_dir}/cifar10/test.parquet"
-        " --per_device_train_batch_size 64 --max_steps 600 --max_eval_samples 2500",
+        " --per_device_train_batch_size 64 --max_eval_samples 2500",
+        600,
     ),
     "bert-mlm": Task("run_mlm.py"),
     "topics": Task("run_glue.py"),
     "t5": Task("run_t5_mlm.py"),
-    "gpt2-shakespeare": Task("run_clm.py", f"{SIXTEEN} 600"),
+    "gpt2-shakespeare": Task("run_clm.py", SIXTEEN, 600),
     "gpt2-reference": Task("run_clm.py"),
-    "sst2": Task("run_glue.py", FINE_TUNING.format("sst2", 216), "linear", learning_rates=LOW),
-    "cola": Task("run_glue.py", FINE_TUNING.format("cola", 226), "linear", learning_rates=LOW),
+    "sst2": Task("run_glue.py", FINE_TUNING.format("sst2"), 216, "linear", learning_rates=LOW),
+    "cola": Task("run_glue.py", FINE_TUNING.format("cola"), 226, "linear", learning_rates=LOW),
     "gpt2-dropout": Task(
-        "run_clm.py", f"{SIXTEEN} 600 --config_overrides resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+        "run_clm.py", f"{SIXTEEN} --config_overrides resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1", 600
     ),
-    "gpt2-batch-64": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 64 --max_steps 600"),
-    "gpt2-wide": Task("run_clm.py", f"{SIXTEEN} 600 --config_overrides n_embd=256"),
+    "gpt2-batch-64": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 64", 600),
+    "gpt2-wide": Task("run_clm.py", f"{SIXTEEN} --config_overrides n_embd=256", 600),
     "gpt2-accumulation": Task(
-        "run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --max_steps 600"
+        "run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 4 --gradient_accumulation_steps 4", 600
     ),
-    "gpt2-3000": Task("run_clm.py", f"{SIXTEEN} 3000"),
+    "gpt2-3000": Task("run_clm.py", SIXTEEN, 3000),
 }
 
 # The flags of each; those with {learning_rate} are run over the task's grid.
@@ -95,6 +103,8 @@ OPTIMIZERS = {
     "alsals_paper": "--optim alsals_paper",
     "salsa": "--optim salsa",
     "adam_sls": "--optim adam_sls",
+    # More than the time of the searches is saved.
+    "alsals, 5 % fewer steps": "--optim alsals {fewer_steps}",
     "alsals, cosine": "--optim alsals --lr_scheduler_type cosine",
     "alsals, no schedule": "--optim alsals --lr_scheduler_type constant",
     "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
@@ -151,7 +161,7 @@ def three_layers_of_minilm(folder: str) -> str:
 
 def path_of(args: CompareArguments, task: str, optimizer: str, learning_rate: float | None, seed: int) -> str:
     """Return the file of a run."""
-    name = optimizer.replace(", ", "-").replace(" ", "-")
+    name = optimizer.replace(", ", "-").replace(" % ", "-percent-").replace(" ", "-")
     rate = "" if learning_rate is None else f"-{learning_rate:g}"
     return os.path.join(args.results, f"{task}-{name}{rate}-seed{seed}.json")
 
@@ -170,12 +180,16 @@ def run(
 
     has_changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py") != ""
     revision = git("rev-parse", "HEAD") + ("+changes" if has_changes else "")
-    flags = f"{TASKS[task].flags} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
+    flags = f"{TASKS[task].flags} {TASKS[task].length(1)} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
     script = f"recipes/{TASKS[task].recipe}"
     peer = ["recipes/benchmarks/peer.py", PEERS[optimizer]] if optimizer in PEERS else []
     command = ["python", *peer, script]
     command += flags.format(
-        learning_rate=learning_rate, schedule=TASKS[task].schedule, data_dir="DATA", minilm="MINILM"
+        learning_rate=learning_rate,
+        schedule=TASKS[task].schedule,
+        fewer_steps=TASKS[task].length(0.95),
+        data_dir="DATA",
+        minilm="MINILM",
     ).split()
     with tempfile.TemporaryDirectory() as output_dir:
         places = {"python": sys.executable}

@@ -222,7 +222,7 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
     breakdown["forward"] -= breakdown["probes"]  # a probe calls compute_loss too
     return {
         "seconds": seconds,
-        "probes": statistics.mean(watch.probes),
+        "probes": watch.probes,
         "peak_mb": peak_memory() - before,
         "breakdown": breakdown,
     }
@@ -235,11 +235,10 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = SaLSA(model.parameters(), speed_up=False)
-    marks = []
+    marks, probes = [], []
     size = args.batch_size
     for step in range(args.warmup + args.steps):
-        if step == args.warmup:
-            forwards = optimizer.state["n_forwards"]
+        forwards = optimizer.state["n_forwards"]
         rows = data.rows[step * accumulation * size :][: accumulation * size].to(device)
         begin = mark()
         optimizer.zero_grad()
@@ -257,8 +256,16 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
 
         optimizer.step(closure=closure)
         marks.append((begin, mark()))
-    probes = (optimizer.state["n_forwards"] - forwards) / args.steps - 1
-    return {"seconds": seconds_between(marks[args.warmup :]), "probes": probes, "breakdown": {}}
+        probes.append(optimizer.state["n_forwards"] - forwards - 1)  # the first is the step's own
+    return {"seconds": seconds_between(marks[args.warmup :]), "probes": probes[args.warmup :], "breakdown": {}}
+
+
+def seconds_a_step(run: dict[str, Any]) -> float:
+    """Return the seconds of a run's step: the medians of steps with and without a search, by how many there are."""
+    kinds = defaultdict(list)
+    for seconds, probes in zip(run["seconds"], run["probes"], strict=True):
+        kinds[probes > 0].append(seconds)
+    return sum(len(kind) * statistics.median(kind) for kind in kinds.values()) / len(run["seconds"])
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -277,17 +284,17 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for one in mine:
             bases = runs_of(processes, accumulation, BASELINE)
             base = next(run for run in bases if run["round"] == one["round"])
-            ratios.append(statistics.median(one["seconds"]) / statistics.median(base["seconds"]))
+            ratios.append(seconds_a_step(one) / seconds_a_step(base))
             memory.append(one["peak_mb"] / base["peak_mb"])
         rows.append(
             {
                 "processes": processes,
                 "accumulation": accumulation,
                 "optimizer": name,
-                "milliseconds": 1000 * statistics.median(statistics.median(run["seconds"]) for run in mine),
+                "milliseconds": 1000 * statistics.median(seconds_a_step(run) for run in mine),
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
-                "probes": statistics.median(run["probes"] for run in mine),
+                "probes": statistics.median(statistics.mean(run["probes"]) for run in mine),
                 "peak_ratio": statistics.median(memory),
             }
         )
@@ -360,7 +367,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout.splitlines()[-1])
         runs.append({"processes": processes, "accumulation": accumulation, "round": i, "optimizer": name, **result})
-        milliseconds = 1000 * statistics.median(result["seconds"])
+        milliseconds = 1000 * seconds_a_step(result)
         print(processes, accumulation, i, name, f"{milliseconds:.0f} ms", flush=True)
 
     rows = summarize(runs)
