@@ -180,7 +180,8 @@ def run(
 
     has_changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py") != ""
     revision = git("rev-parse", "HEAD") + ("+changes" if has_changes else "")
-    flags = f"{TASKS[task].flags} {TASKS[task].length(1)} {OPTIMIZERS[optimizer]} --seed {seed} --save_strategy no --report_to none"
+    flags = f"{TASKS[task].flags} {TASKS[task].length(1)} {OPTIMIZERS[optimizer]} --seed {seed}"
+    flags += " --save_strategy no --report_to none"
     script = f"recipes/{TASKS[task].recipe}"
     peer = ["recipes/benchmarks/peer.py", PEERS[optimizer]] if optimizer in PEERS else []
     command = ["python", *peer, script]
