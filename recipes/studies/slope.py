@@ -139,7 +139,7 @@ def train(args: SlopeArguments) -> list[dict[str, Any]]:
     model = gpt2()
     models = {precision: gpt2().to(dtype) for precision, dtype in PRECISIONS.items()}
     optimizer = ALSALS(model.parameters())
-    scheduler = get_scheduler("linear", optimizer, 0, args.steps)
+    scheduler = get_scheduler("cosine", optimizer, 0, args.steps)
     smoothed, points = 0.0, []
     for step in range(args.steps):
         starts = torch.randint(len(text) - LENGTH, (BATCH_SIZE,)).tolist()
