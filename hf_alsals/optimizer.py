@@ -251,7 +251,8 @@ class ALSALS(torch.optim.Optimizer):
         path = self._path_slope(params) if follows_path else 0.0
         # The only host wait of a step without a search.
         self.loss, zero, clip_coef, path = read([loss, zero_if_finite(params), clip_coef, path])
-        if not math.isfinite(self.loss + zero):
+        # A clip_coef of 0 is that of gradients whose norm is not finite.
+        if not math.isfinite(self.loss + zero) or not 0 < clip_coef < math.inf:
             self._skip()
             return loss
         self.consecutive_skips = 0
@@ -276,6 +277,7 @@ class ALSALS(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
         for group in self.param_groups:
+            group.setdefault("peak_lr", 0.0)  # a sharded load fills only what is there
             group.update({f"search_{name}": value for name, value in self.line_search.state_dict().items()})
             group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
         return super().state_dict()

@@ -15,10 +15,10 @@ sys.modules["overhead"] = overhead
 spec.loader.exec_module(overhead)
 
 
-def test_a_step_over_a_run_counts_steps_with_and_without_a_search_by_how_many_there_are():
-    run = {"seconds": [1.0, 9.0, 3.0, 2.0, 5.0], "probes": [0, 2, 0, 0, 1]}
-    assert overhead.seconds_a_step(run) == pytest.approx((3 * 2.0 + 2 * 7.0) / 5)
-    one_kind = {"seconds": [1.0, 50.0, 3.0], "probes": [0, 0, 0]}
+def test_a_step_over_a_run_counts_its_kinds_of_steps_by_how_many_there_are():
+    run = {"seconds": [1.0, 9.0, 3.0, 2.0, 5.0, 0.5], "probes": [0, 2, 0, 0, 1, 0], "annealing": [False] * 5 + [True]}
+    assert overhead.seconds_a_step(run) == pytest.approx((3 * 2.0 + 2 * 7.0 + 0.5) / 6)
+    one_kind = {"seconds": [1.0, 50.0, 3.0], "probes": [0, 0, 0], "annealing": [False] * 3}
     assert overhead.seconds_a_step(one_kind) == 3.0
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
 
 import hf_alsals.optimizer
-from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.direction import AdamDirection
 
 # A constant schedule, because nothing is searched while it anneals.
@@ -99,6 +99,7 @@ class Stopwatch(TrainerCallback):
         self.warmup = warmup
         self.steps: list[tuple[Any, Any]] = []
         self.probes: list[int] = []
+        self.annealing: list[bool] = []
         self.parts: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -109,7 +110,9 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if state.global_step > self.warmup:
             self.steps.append((self.begin, mark()))
-            self.probes.append(getattr(getattr(optimizer, "optimizer", optimizer), "probes", 0))
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.probes.append(getattr(inner, "probes", 0))
+            self.annealing.append(inner.line_search.is_annealing if isinstance(inner, ALSALS) else False)
 
 
 def mark() -> Any:
@@ -189,6 +192,7 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
         training_args = AlsalsTrainingArguments(
             output_dir=output_dir,
             max_steps=count,
+            warmup_steps=args.warmup,  # of the steps that count, half are above half of the peak, as in a whole run
             per_device_train_batch_size=args.batch_size,
             gradient_accumulation_steps=accumulation,
             bf16=args.bf16,
@@ -223,6 +227,7 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
     return {
         "seconds": seconds,
         "probes": watch.probes,
+        "annealing": watch.annealing,
         "peak_mb": peak_memory() - before,
         "breakdown": breakdown,
     }
@@ -257,14 +262,18 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
         optimizer.step(closure=closure)
         marks.append((begin, mark()))
         probes.append(optimizer.state["n_forwards"] - forwards - 1)  # the first is the step's own
-    return {"seconds": seconds_between(marks[args.warmup :]), "probes": probes[args.warmup :], "breakdown": {}}
+    seconds = seconds_between(marks[args.warmup :])
+    return {"seconds": seconds, "probes": probes[args.warmup :], "annealing": [False] * args.steps, "breakdown": {}}
 
 
 def seconds_a_step(run: dict[str, Any]) -> float:
-    """Return the seconds of a run's step: the medians of steps with and without a search, by how many there are."""
+    """Return the seconds of a run's step: the medians of its kinds of steps, by how many there are.
+
+    They are steps with a search, steps that follow the path slope, and those at the end that do neither.
+    """
     kinds = defaultdict(list)
-    for seconds, probes in zip(run["seconds"], run["probes"], strict=True):
-        kinds[probes > 0].append(seconds)
+    for seconds, probes, annealing in zip(run["seconds"], run["probes"], run["annealing"], strict=True):
+        kinds[probes > 0, annealing].append(seconds)
     return sum(len(kind) * statistics.median(kind) for kind in kinds.values()) / len(run["seconds"])
 
 
@@ -355,6 +364,7 @@ def main() -> None:
             print(result)
         return
 
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     runs = []
     for processes, accumulation, i, name in itertools.product(
         args.processes, args.gradient_accumulation_steps, range(args.rounds), args.optimizers

@@ -5,6 +5,7 @@ Its learning rate is that of the flags:
     python recipes/benchmarks/peer.py Lamb recipes/run_mlm.py --learning_rate 1e-2 --output_dir out
 """
 
+import os
 import runpy
 import sys
 from typing import Any
@@ -23,6 +24,7 @@ def main() -> None:
         return getattr(pytorch_optimizer, name), {"lr": args.learning_rate}
 
     AlsalsTrainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))  # the recipes import what lies beside them
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
