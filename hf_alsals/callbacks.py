@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import json
 import math
 import os
 import time
@@ -13,7 +14,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from .hub import without_local_paths
-from .optimizer import ALSALS
+from .optimizer import ALSALS, PRESETS
+from .training_args import defaults_of
 
 
 class StepSizeCallback(TrainerCallback, ExportableState):
@@ -30,29 +32,43 @@ class StepSizeCallback(TrainerCallback, ExportableState):
     def __init__(self, seconds: float = 30.0) -> None:
         self.seconds = seconds
         self.settings: dict[str, Any] = {}
+        self.c: float | None = None
+        self.first_step = 0
         self.search_seconds = 0.0
         self.updated = ""
-        self._last_update = -math.inf
+        self._last_update = math.inf  # an evaluation without training writes nothing
 
     def state(self) -> dict[str, Any]:
-        """Return what a report says beyond the logs: the settings of the run, and the time spent in searches."""
-        names = ("settings", "search_seconds", "updated")
+        """Return what a report says beyond the logs, such as the settings and the time spent in searches."""
+        names = ("settings", "c", "first_step", "search_seconds", "updated")
         return {"args": {"seconds": self.seconds}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Note the settings that are not the default; the arguments are those of every Trainer callback."""
+        optim = getattr(args.optim, "value", args.optim)
+        if (alsals := alsals_of(optimizer)) is not None:
+            self.c = alsals.line_search.c
+            optim = optim if optim in PRESETS else "ALSALS"  # given to the Trainer as an object
         defaults = {one.name: None if one.default is MISSING else one.default for one in fields(args)}
-        defaults |= {"adam_beta1": TrainingArguments.adam_beta1}
+        defaults |= defaults_of(optim)
         shown = {
             name: value
             for name, value in args.to_dict().items()
             # None and False, as well as None and [], are one and the same here.
             if value != defaults[name] and (value or defaults[name]) and not isinstance(value, dict)
         }
-        shown = {name: value for name, value in shown.items() if not name.endswith("_token")}
-        self.settings = without_local_paths(shown | {"optim": getattr(args.optim, "value", args.optim)})
+        shown = {name: value for name, value in shown.items() if not name.endswith("_token")} | {"optim": optim}
+        # A subclass may have arguments that json does not know, such as a Path.
+        self.settings = without_local_paths(json.loads(json.dumps(shown, default=str)))
+        self.first_step, self._last_update = state.global_step, -math.inf
+        state.stateful_callbacks["StepSizeCallback"] = self.state()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the logs if it is time; the arguments are those of every Trainer callback."""
@@ -63,7 +79,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         """Draw the picture; the arguments are those of every Trainer callback."""
         if state.is_world_process_zero:
             name = os.path.basename(os.path.abspath(args.output_dir))
-            title = f"{name}: {getattr(args.optim, 'value', args.optim)}"
+            title = f"{name}: {self.settings.get('optim', 'optimizer not recorded')}"
             draw_step_size(state.log_history, title, os.path.join(args.output_dir, "step_size.png"))
 
     def on_train_end(

@@ -66,9 +66,11 @@ class FailureMonitor:
             self.searches_so_far += 1
             self.searches.append(
                 {
-                    "rejected": not search.accepted,
-                    # The first search comes down from an arbitrary step size.
-                    "cut": self.searches_so_far > 1 and search.step_size < 2 / 3 * self.last_step_size,
+                    "rejected": not search.accepted and search.probes > 0,
+                    # The first search comes down from an arbitrary step size, and one after a rejection searches on.
+                    "cut": self.searches_so_far > 1
+                    and not self.searches[-1]["rejected"]
+                    and search.step_size < 2 / 3 * self.last_step_size,
                     "uphill": smoothed < 0,
                     "non-finite": alsals.non_finite_probes > 0,
                     "unseen": search.slope > 0 and search.decrease == 0,
@@ -84,8 +86,12 @@ class FailureMonitor:
         half = self.window // 2
         found = {}
         if [one["rejected"] for one in self.searches][-half:] == half * [True]:
+            smallest = self.last_step_size
+            search = self.alsals.line_search
+            if isinstance(search, PathSearch) and not search.started:
+                smallest = search.initial_step_size * 0.5 ** (search.max_first_probes - 1)
             found["smallest step size"] = (
-                f"no step size met the condition in {half} searches in a row, down to {self.last_step_size:.1e}: "
+                f"no step size met the condition in {half} searches in a row, down to {smallest:.1e}: "
                 + (
                     "the losses in low precision are too coarse to show a decrease; compute the loss in float32."
                     if self.low_precision
@@ -162,6 +168,7 @@ class FailureCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get("FailureCallback", {}) if state.global_step > 0 else {}
         self.warnings = list(saved.get("attributes", {}).get("warnings", []))
         self.monitor, self._is_exact, self._first_step = None, True, state.global_step
+        state.stateful_callbacks["FailureCallback"] = self.state()
 
     def on_pre_optimizer_step(
         self,
@@ -180,7 +187,7 @@ class FailureCallback(TrainerCallback, ExportableState):
         if closure is None:
             return
         # Sums over GPUs and atomic additions round differently from call to call.
-        tolerance = 1e-2 if _has_low_precision(args, alsals) else 1e-5
+        tolerance = 1e-2 if _has_low_precision(args, model) else 1e-5
         training_loss, probe = float(loss), float(closure())
         if not math.isfinite(training_loss) or abs(probe - training_loss) <= tolerance * max(abs(training_loss), 1.0):
             return
@@ -204,6 +211,7 @@ class FailureCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -212,7 +220,7 @@ class FailureCallback(TrainerCallback, ExportableState):
         if alsals is None:
             return
         if self.monitor is None:
-            self.monitor = FailureMonitor(alsals, _has_low_precision(args, alsals))
+            self.monitor = FailureMonitor(alsals, _has_low_precision(args, model))
         for message in self.monitor.update().values():
             self._warn(state, message)
 
@@ -223,6 +231,6 @@ class FailureCallback(TrainerCallback, ExportableState):
             logger.warning(f"Step {state.global_step}: {message}")
 
 
-def _has_low_precision(args: TrainingArguments, alsals: ALSALS) -> bool:
-    weights = {p.dtype for group in alsals.param_groups for p in group["params"]}
+def _has_low_precision(args: TrainingArguments, model: torch.nn.Module) -> bool:
+    weights = {p.dtype for p in model.parameters()}  # frozen ones compute the loss too
     return args.bf16 or args.fp16 or bool(weights & {torch.bfloat16, torch.float16})

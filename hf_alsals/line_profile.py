@@ -133,6 +133,8 @@ class LineProfileCallback(TrainerCallback):
         exponents = torch.linspace(-2, 2, self.points, dtype=torch.float64).tolist()
         step_sizes = [0.0, *(alsals.step_size * 10**exponent for exponent in exponents)]
         losses = line.losses(closure, step_sizes)
+        if not math.isfinite(losses[0]):  # a step that is going to be skipped too
+            return
         self._line = line
         self._profile = {
             "step": state.global_step + 1,

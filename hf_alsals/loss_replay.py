@@ -256,6 +256,6 @@ def first_inexact_module(model: nn.Module, closure: Callable[[], Any]) -> str | 
 
 def _sums_of(value: Any) -> list[float]:
     if isinstance(value, Tensor):
-        return [value.detach().double().sum().item()]
+        return [value.detach().cpu().double().sum().item()]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [number for item in values for number in _sums_of(item)]

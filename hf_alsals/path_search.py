@@ -47,7 +47,7 @@ class PathSearch(ArmijoLineSearch):
     overshoot = 0.3  # with none the steps are too short where gradients are mostly noise
     path_decay = 0.9
     first_share = 0.1
-    max_first_probes = 30  # downwards: 2 ** -30 of the initial step size
+    max_first_probes = 30  # downwards: to 2 ** -29 of the initial step size
     largest_first_step_size = 10.0  # Adam's direction is about 1 in every weight
 
     _state = (
@@ -153,7 +153,8 @@ class PathSearch(ArmijoLineSearch):
             for fraction in (0.5, 0.25, 0.125) if found > 0 else ():  # to a tenth, whatever it was looked for from
                 if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
                     found *= 2**fraction
-        self.slope, self.decrease, self.prediction = slope, decreases.get(found, 0.0), found * slope
+        last = found or min(decreases, default=0.0)
+        self.slope, self.decrease, self.prediction = slope, decreases.get(last, 0.0), last * slope
         self.probes, self.searched = len(decreases), True
         self.total_probes += self.probes
         self.started = self.accepted = found > 0

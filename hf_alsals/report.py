@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .hub import without_local_paths
-from .optimizer import PRESETS
 
 # What an evaluation gives beside its metrics.
 _NO_METRICS = ("runtime", "per_second", "preparation_time", "samples")
@@ -45,6 +43,8 @@ class Run:
         state (`TrainerState`): The newest state that the run has saved.
         updated (`str`): When it was saved, in ISO format.
         settings (`dict`): The training arguments that are not the default; empty if the run has not saved them.
+        c (`float`, *optional*): The sufficient-decrease constant of the search.
+        first_step (`int`): The step that the run was resumed at.
         search_seconds (`float`, *optional*): Time spent in searches.
         warnings (`list[dict]`): `step` and `message` of each warning.
         logs (`list[dict]`): The logs of training.
@@ -56,6 +56,8 @@ class Run:
     state: TrainerState
     updated: str
     settings: dict[str, Any]
+    c: float | None
+    first_step: int
     search_seconds: float | None
     warnings: list[dict[str, Any]]
     logs: list[dict[str, Any]]
@@ -70,6 +72,11 @@ class Run:
             return "finished"
         # As by early stopping; a run that is killed does not log its end.
         return f"{'finished' if self.end.get('step') == step else 'running or stopped'} at step {step} of {max_steps}"
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The seconds that a step has taken since the run was begun or resumed, once it has ended."""
+        return self.end["train_runtime"] / max(self.end["step"] - self.first_step, 1) if self.end else None
 
     @property
     def losses(self) -> dict[str, Points]:
@@ -112,7 +119,7 @@ class Run:
         if self.end:
             if searched and self.search_seconds is not None:
                 rows["time in the search"] = f"{self.search_seconds / self.end['train_runtime']:.1%}"
-            rows["steps per second"] = f"{self.end['train_steps_per_second']:.4g}"
+            rows["steps per second"] = f"{1 / self.seconds_per_step:.4g}"
         return rows
 
 
@@ -129,15 +136,19 @@ def load_run(run_dir: str) -> Run:
     states = []
     for path in (os.path.join(run_dir, name) for name in names):
         try:
-            states.append((TrainerState.load_from_json(path), path))
+            state = TrainerState.load_from_json(path)
+            modified = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
         except (OSError, TypeError, ValueError):  # not there, or not written to its end
             continue
+        steps = state.stateful_callbacks.get("StepSizeCallback", {}).get("attributes", {})
+        updated = steps.get("updated") or modified.isoformat(timespec="seconds")
+        states.append((datetime.datetime.fromisoformat(updated), state.global_step, updated, state))
     if not states:
         raise ValueError(
             f"run_dir must be a folder with a {TRAINER_STATE_NAME} in it or in a checkpoint of it, got {run_dir!r}."
         )
-    state, path = max(states, key=lambda one: one[0].global_step)
-    saved_at = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone().isoformat(timespec="seconds")
+    # A checkpoint is newer than the last update of the logs that it holds, and an earlier run's is older.
+    *_, updated, state = max(states, key=lambda one: one[:2])
     steps, failures = (
         state.stateful_callbacks.get(name, {}).get("attributes", {})
         for name in ("StepSizeCallback", "FailureCallback")
@@ -151,7 +162,8 @@ def load_run(run_dir: str) -> Run:
     metrics: dict[str, Points] = {}
     for entry in evaluations:
         for name in entry:
-            if name.startswith("eval_") and not name.endswith(_NO_METRICS):
+            is_number = isinstance(entry[name], (int, float))  # a metric may be a matrix too
+            if name.startswith("eval_") and not name.endswith(_NO_METRICS) and is_number:
                 points = metrics.setdefault(name, [])
                 # The results repeat an evaluation that is in the log.
                 if points[-1:] != [(entry["step"], entry[name])]:
@@ -159,8 +171,10 @@ def load_run(run_dir: str) -> Run:
     return Run(
         name=os.path.basename(os.path.abspath(run_dir)),
         state=state,
-        updated=steps.get("updated", saved_at),
+        updated=updated,
         settings=without_local_paths(steps.get("settings", {})),
+        c=steps.get("c"),
+        first_step=steps.get("first_step", 0),
         search_seconds=steps.get("search_seconds"),
         warnings=failures.get("warnings", []),
         logs=[entry for entry in state.log_history if {"loss", "learning_rate"} <= set(entry)],
@@ -188,12 +202,10 @@ def report(run_dir: str) -> str:
         (run.points("step_size"), {"color": "C0", "label": "of the search"}),
         (run.taken, {"color": "C1", "label": "taken"}),
     ]
-    c = _sufficient_decrease(run.settings)
     ratios = [(step, min(max(ratio, -1), 2)) for step, ratio in run.points("armijo_ratio")]
-    armijo = [
-        (ratios, {"color": "C0", "label": "of the last search"}),
-        ([(step, c) for step, _ in ratios], {"color": "C1", "label": f"c = {c:g}"}),
-    ]
+    armijo = [(ratios, {"color": "C0", "label": "of the last search"})]
+    if run.c is not None:
+        armijo.append(([(step, run.c) for step, _ in ratios], {"color": "C1", "label": f"c = {run.c:g}"}))
     pictures = [
         *_draw("loss", losses),
         *_draw("step size", step_sizes, log=True),
@@ -240,7 +252,7 @@ def compare(run_dirs: list[str]) -> str:
         [run.name, run.progress, *(summary.get(column, "") for column in columns), len(run.warnings)]
         for run, summary in zip(runs, summaries)
     ]
-    seconds_per_step = [run.end["train_runtime"] / run.end["step"] if run.end else None for run in runs]
+    seconds_per_step = [run.seconds_per_step for run in runs]
     settings = []
     for name in sorted({name for run in runs for name in run.settings}):
         # A run without StepSizeCallback has saved none.
@@ -288,13 +300,6 @@ def _loss_lines(points: Points, color: str, label: str | None = None) -> list[Li
     values = [value for _, value in points]
     means = [(step, statistics.mean(values[max(0, i - 2) : i + 3])) for i, (step, _) in enumerate(points)]
     return [(points, {"color": color, "alpha": 0.3}), (means, {"color": color, "label": label})]
-
-
-def _sufficient_decrease(settings: dict[str, Any]) -> float:
-    """Return the constant c that a run was made with."""
-    c = PRESETS.get(settings.get("optim"), {}).get("c", 0.3)
-    given = re.search(r"\bc *= *([^, ]+)", settings.get("optim_args") or "")
-    return float(given.group(1)) if given else c
 
 
 def _draw(title: str, lines: list[Line], x_label: str = "optimizer step", log: bool = False) -> list[dict[str, str]]:

@@ -26,6 +26,23 @@ _OPTIM_ARGS = {
 _ARGUMENTS = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and adam_beta2"}
 
 
+def defaults_of(optim: str) -> dict[str, Any]:
+    """Return the training arguments whose default depends on `optim`, with that default; none of the Trainer's own.
+
+    Args:
+        optim (`str`): The optimizer.
+    """
+    if optim not in PRESETS:
+        return {
+            name: getattr(TrainingArguments, name) for name in ("learning_rate", "lr_scheduler_type", "adam_beta1")
+        }
+    return {
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "linear" if optim == "alsals" else "constant",
+        "adam_beta1": PRESETS[optim].get("betas", (TrainingArguments.adam_beta1,))[0],
+    }
+
+
 @dataclass
 class AlsalsArgumentsMixin:
     """Makes any [`~transformers.TrainingArguments`] class take the optimizers of this package.
@@ -76,12 +93,7 @@ class AlsalsArgumentsMixin:
     def __post_init__(self) -> None:
         optim = self.optim
         ours = optim in PRESETS
-        defaults = {
-            "learning_rate": 1.0,
-            "lr_scheduler_type": "linear" if optim == "alsals" else "constant",
-            "adam_beta1": PRESETS[optim].get("betas", (super().adam_beta1,))[0] if ours else None,
-        }
-        for name, value in defaults.items():
+        for name, value in defaults_of(optim).items():
             if getattr(self, name) is None:
                 setattr(self, name, value if ours else getattr(super(), name))
         if not ours:

@@ -1,12 +1,14 @@
 import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from test_trainer import Sequences, arguments, gpt2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_alsals import AlsalsTrainer, StepSizeCallback
+from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments, FailureCallback, StepSizeCallback
 
 ALSALS_LOGS = [
     {"step": step, "loss": 3 / step, "learning_rate": 1e-3, "step_size": 1e-3 * step, "lr_multiplier": 1 / step}
@@ -89,6 +91,62 @@ def test_the_state_says_what_a_report_needs_and_neither_paths_nor_tokens(tmp_pat
     assert "weight_decay" not in attributes["settings"]
     assert attributes["search_seconds"] == trainer.alsals.search_seconds > 0
     assert (tmp_path / "step_size.png").exists()
+
+
+def settings_of(trainer, tmp_path):
+    trainer.train()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["StepSizeCallback"]["attributes"]
+
+
+def test_an_evaluation_without_training_leaves_the_logs_of_a_run_alone(tmp_path):
+    AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences()).train()
+    logs = (tmp_path / "trainer_state.json").read_text()
+    AlsalsTrainer(gpt2(), arguments(tmp_path), eval_dataset=Sequences()).evaluate()
+    assert (tmp_path / "trainer_state.json").read_text() == logs
+
+
+def test_defaults_of_the_optimizer_are_no_settings(tmp_path):
+    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, max_steps=2, optim_args="c=0.4"), train_dataset=Sequences())
+    attributes = settings_of(trainer, tmp_path)
+    assert attributes["c"] == 0.4 and attributes["settings"]["optim_args"] == "c=0.4"
+    assert not {"learning_rate", "lr_scheduler_type", "adam_beta1"} & set(attributes["settings"])
+    args = arguments(tmp_path, max_steps=2, learning_rate=0.5, lr_scheduler_type="cosine")
+    settings = settings_of(AlsalsTrainer(gpt2(), args, train_dataset=Sequences()), tmp_path)["settings"]
+    assert (settings["learning_rate"], settings["lr_scheduler_type"]) == (0.5, "cosine")
+
+
+def test_an_optimizer_given_as_an_object_is_named(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    model = gpt2()
+    optimizers = (ALSALS(model.parameters(), c=0.45), None)
+    attributes = settings_of(AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=optimizers), tmp_path)
+    assert attributes["settings"]["optim"] == "ALSALS" and attributes["c"] == 0.45
+
+
+@dataclass
+class ArgumentsWithPath(AlsalsTrainingArguments):
+    data_dir: Path | None = None
+
+
+def test_an_argument_that_json_does_not_know_is_noted_as_text(tmp_path):
+    args = arguments(tmp_path, ArgumentsWithPath, max_steps=2, data_dir=Path("data") / "here")
+    settings = settings_of(AlsalsTrainer(gpt2(), args, train_dataset=Sequences()), tmp_path)["settings"]
+    assert settings["data_dir"] == os.path.join("data", "here")
+
+
+def test_a_checkpoint_without_the_callbacks_is_resumed(tmp_path):
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    for callback in (FailureCallback, StepSizeCallback):
+        trainer.remove_callback(callback)
+    trainer.train()
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, logging_steps=10)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FailureCallback"]["attributes"] == {"warnings": []}
+    assert state["stateful_callbacks"]["StepSizeCallback"]["attributes"]["first_step"] == 2
 
 
 def test_ratio_and_probes_are_drawn_for_a_search_only(tmp_path):

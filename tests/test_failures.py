@@ -47,6 +47,43 @@ def test_a_loss_that_rises_at_every_step_size_pins_it_at_the_smallest():
     assert f"{0.1 * 0.9**9 * 0.9**99:.1e}" in message
 
 
+def test_a_first_search_that_finds_nothing_is_named_by_where_it_looked():
+    w = parameter([1.0])
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return w.sum() + len(calls)
+
+    named = watch(ALSALS([w]), lambda step: closure, 12)
+    assert list(named) == ["smallest step size"]
+    assert f"down to {0.1 * 0.5**29:.1e}" in named["smallest step size"][1]
+
+
+def test_a_search_that_goes_on_at_the_next_steps_is_one_cut():
+    w = parameter([1.0] * 4)
+    optimizer = ALSALS([w], search_interval=5)
+
+    def losses(step):
+        # Every sixtieth batch is so steep that several searches in a row come down for it.
+        return lambda: (1e4 if step % 60 in range(20, 26) else 1.0) * w.square().sum()
+
+    searches, rejected = [], []
+    monitor = FailureMonitor(optimizer)
+    for step in range(240):
+        closure = losses(step)
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        optimizer.step(closure, loss)
+        assert "jumping step size" not in monitor.update()
+        if optimizer.searched:
+            searches.append(step)
+            rejected.append(not optimizer.line_search.accepted)
+    assert len(searches) >= 20 and sum(rejected) >= 5
+    assert sum(one["cut"] for one in monitor.searches) <= 4
+
+
 def test_in_low_precision_it_is_named_as_the_cause():
     w = parameter([1.0])
     calls = []
@@ -125,7 +162,7 @@ def test_a_healthy_search_has_no_failure(growth):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = ALSALS(model.parameters(), growth=growth)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=300)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
 
     def losses(step):
         if step > 0:
@@ -133,7 +170,7 @@ def test_a_healthy_search_has_no_failure(growth):
         x = torch.randn(64, 8)
         return lambda: nn.functional.mse_loss(model(x), x[:, :1] * x[:, 1:2])
 
-    assert watch(optimizer, losses, 300) == {}
+    assert watch(optimizer, losses, 600) == {}  # with growth=path 30 searches
 
 
 class OwnDropout(nn.Module):

@@ -114,14 +114,15 @@ def test_profiles_of_a_run_agree_with_its_logs_and_change_nothing(accumulation, 
 class Fragile(nn.Module):
     """Has an infinite loss a little downhill, and gradients that are not finite if it is asked to."""
 
-    def __init__(self, gradient):
+    def __init__(self, gradient, finite_from=3.9):
         super().__init__()
         self.w = nn.Parameter(torch.ones(4))
         self.gradient = gradient
+        self.finite_from = finite_from
 
     def forward(self, input_ids, labels):
         loss = self.w.square().sum() * self.gradient
-        return {"loss": loss.masked_fill(loss < 3.9, torch.inf)}
+        return {"loss": loss.masked_fill(loss < self.finite_from, torch.inf)}
 
 
 def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path):
@@ -132,11 +133,10 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path):
     assert (tmp_path / "line_profile" / "step-000001.png").exists()
 
 
-def test_a_step_that_is_skipped_has_no_profile(tmp_path):
+@pytest.mark.parametrize("model", [Fragile(torch.nan), Fragile(1.0, finite_from=5.0)], ids=["gradient", "loss"])
+def test_a_step_that_is_skipped_has_no_profile(model, tmp_path):
     args = arguments(tmp_path, max_steps=1)
-    AlsalsTrainer(
-        Fragile(torch.nan), args, train_dataset=Sequences(), callbacks=[LineProfileCallback(every=1)]
-    ).train()
+    AlsalsTrainer(model, args, train_dataset=Sequences(), callbacks=[LineProfileCallback(every=1)]).train()
     assert not (tmp_path / "line_profile").exists()
 
 

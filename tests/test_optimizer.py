@@ -1405,3 +1405,30 @@ def test_an_autocast_around_the_step_does_not_hide_the_moves_from_the_probes():
             optimizer.step(closure, loss)
     assert losses[True] == losses[False]
     assert len(set(losses[True])) > 2
+
+
+@pytest.mark.parametrize("growth", ["path", "constant"])
+def test_a_fresh_state_dict_has_all_the_numbers_of_a_later_one(growth):
+    # torch.distributed.checkpoint fills what is there, and drops the rest.
+    net = make_net()
+    optimizer = ALSALS(net.parameters(), growth=growth)
+    fresh = set(optimizer.state_dict()["param_groups"][0])
+    train(net, optimizer, range(3))
+    assert set(optimizer.state_dict()["param_groups"][0]) == fresh
+
+
+@pytest.mark.parametrize("growth", ["path", "constant"])
+def test_gradients_whose_norm_is_not_finite_are_skipped(growth):
+    w = single([1.0, 2.0])
+    optimizer = ALSALS([w], growth=growth)
+    for step in range(3):
+        before = w.detach().clone()
+        loss = w.square().sum()
+        w.grad = None
+        loss.backward()
+        clip_coef = 0.0 if step == 1 else 1.0  # max_norm / infinity
+        w.grad *= clip_coef
+        optimizer.set_closure(lambda: w.square().sum(), loss, torch.tensor(clip_coef))
+        optimizer.step()
+        assert torch.equal(w, before) == (step == 1)
+    assert optimizer.skipped_steps == 1

@@ -41,7 +41,17 @@ def test_the_benchmark_runs_through_and_its_ratios_are_those_of_its_times(tmp_pa
         assert f"| {processes} | 2 | {name} | {row['milliseconds']:.0f} | {row['ratio']:.2f} |" in done.stdout
     assert report["rows"][0]["probes"] == 0 < report["rows"][2]["probes"]
     assert 0.5 < sum(report["breakdown"].values()) < 1
+    assert f"| backward | {report['breakdown']['backward']:.1%} |" in done.stdout
     assert (tmp_path / "overhead.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["overhead", "overhead-ddp"])
+def test_the_page_holds_the_tables_of_its_numbers(name):
+    report = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    page = (BENCHMARKS.parent / "studies" / "overhead.md").read_text()
+    assert overhead.table(overhead.summarize(report["runs"])) in page
+    if name == "overhead":
+        assert overhead.breakdown_table(report["breakdown"]) in page
 
 
 def test_a_row_that_there_is_not_is_named(tmp_path):

@@ -3,6 +3,7 @@ import datetime
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 
@@ -113,15 +114,14 @@ def test_a_run_of_another_optimizer_has_no_pictures_of_a_search(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optim", "optim_args", "c"),
-    [("alsals", None, "0.3"), ("salsa", "beta3=0.9", "0.5"), ("alsals", "growth=constant, c=0.125", "0.125")],
+    "c", [0.3, 0.125]
 )
-def test_the_armijo_ratio_is_drawn_with_the_c_of_the_run(optim, optim_args, c, tmp_path):
+def test_the_armijo_ratio_is_drawn_with_the_c_of_the_run(c, tmp_path):
     ratio = "Armijo ratio, cut off at -1 and 2"
     pixels = []
     # The line lies on that of the ratio only where both are c.
-    for name, value in (("at c", float(c)), ("off c", float(c) + 0.05)):
-        steps = {"settings": {"optim": optim, "optim_args": optim_args}}
+    for name, value in (("at c", c), ("off c", c + 0.05)):
+        steps = {"settings": {"optim": "alsals"}, "c": c}
         logs = [{**entry, "armijo_ratio": value} for entry in ALSALS_LOGS]
         run = write_run(tmp_path / name, logs, StepSizeCallback=steps)
         pixels.append(Page(report(run)).pixels(ratio, tmp_path))
@@ -133,6 +133,7 @@ def test_the_newest_of_the_states_is_taken(tmp_path):
     write_run(tmp_path / "checkpoint-20", ALSALS_LOGS[:2], step=20)
     assert load_run(str(tmp_path)).state.global_step == 20
     run = write_run(tmp_path, ALSALS_LOGS[:1], step=10)
+    os.utime(tmp_path / "trainer_state.json", (1e9, 1e9))
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_step": 30, "log_hist')
     page = report(run)
@@ -140,6 +141,28 @@ def test_the_newest_of_the_states_is_taken(tmp_path):
     updated = modified.astimezone().isoformat(timespec="seconds")
     assert f"running or stopped at step 20 of 40, last update {updated}" in Page(page).texts
     assert Page(page).cells()["training loss, last"] == "0.15"
+
+
+def test_the_states_of_an_earlier_run_are_older(tmp_path):
+    for step, hour in ((20, "07"), (30, "07"), (10, "08")):
+        folder = tmp_path if step == 10 else tmp_path / f"checkpoint-{step}"
+        steps = {"updated": f"2024-05-06T{hour}:00:00+00:00"}
+        write_run(folder, ALSALS_LOGS[:1], step=step, StepSizeCallback=steps)
+    assert load_run(str(tmp_path)).state.global_step == 10
+    # A checkpoint has the time of the last update before it.
+    write_run(tmp_path / "checkpoint-15", ALSALS_LOGS[:1], step=15, StepSizeCallback=steps)
+    assert load_run(str(tmp_path)).state.global_step == 15
+
+
+def test_the_time_of_a_resumed_run_is_that_of_the_steps_since(tmp_path):
+    run = load_run(write_run(tmp_path, [*ALSALS_LOGS, END_LOG], StepSizeCallback={"first_step": 24}))
+    assert run.seconds_per_step == 0.5
+    assert run.summary()["steps per second"] == "2"
+
+
+def test_a_metric_that_is_no_number_is_left_out(tmp_path):
+    evaluation = {"step": 20, "eval_loss": 0.5, "eval_confusion": [[1, 2], [3, 4]], "eval_classes": {"a": 1}}
+    assert load_run(write_run(tmp_path, [*ADAMW_LOGS, evaluation])).metrics == {"eval_loss": [(20, 0.5)]}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
@@ -321,7 +344,7 @@ def test_the_pages_of_a_real_run_in_a_real_browser(browser, tmp_path):
         "step size of the search, last": f"{logs[-1]['step_size']:.4g}",
         "step size taken, last": f"{logs[-1]['learning_rate'] * logs[-1]['lr_multiplier']:.4g}",
         "probes per step": f"{trainer.alsals.line_search.total_probes / 12:.2f}",
-        "steps per second": f"{trainer.state.log_history[-1]['train_steps_per_second']:.4g}",
+        "steps per second": f"{12 / trainer.state.log_history[-1]['train_runtime']:.4g}",
         "max_steps": "12",
         "output_dir": "run",
     }

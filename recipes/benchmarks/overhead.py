@@ -325,6 +325,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def breakdown_table(breakdown: dict[str, float]) -> str:
+    """Return the parts of a step of ALSALS, as shares of its time, as a Markdown table."""
+    lines = ["| part of a step of alsals | share |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {part} | {share:.1%} |" for part, share in breakdown.items()])
+
+
 def draw(rows: list[dict[str, Any]], breakdown: dict[str, float], path: str) -> None:
     """Draw the ratios and what a step of ALSALS spends its time on."""
     from matplotlib.figure import Figure
@@ -401,7 +407,7 @@ def main() -> None:
     with open(args.output, "w") as file:
         json.dump(report, file, indent=1)
     draw(rows, breakdown, os.path.splitext(args.output)[0] + ".png")
-    print(table(rows))
+    print(table(rows), breakdown_table(breakdown), sep="\n\n")
 
 
 if __name__ == "__main__":
