@@ -113,9 +113,7 @@ def test_a_run_of_another_optimizer_has_no_pictures_of_a_search(tmp_path):
     assert "probes per step" not in page.cells()
 
 
-@pytest.mark.parametrize(
-    "c", [0.3, 0.125]
-)
+@pytest.mark.parametrize("c", [0.3, 0.125])
 def test_the_armijo_ratio_is_drawn_with_the_c_of_the_run(c, tmp_path):
     ratio = "Armijo ratio, cut off at -1 and 2"
     pixels = []
