@@ -1,4 +1,4 @@
-"""Train tasks x optimizers x seeds with the recipes, one json file a run, and make tables and pictures of them.
+"""Train tasks x optimizers x seeds with the recipes, one json file a run, and make a table and pictures of them.
 
 A run whose file is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every run is a
 process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and cifar10/,
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,10 @@ OPTIMIZERS = {
     "alsals, adaptive cadence": "--optim alsals --optim_args search_interval=adaptive",
     "alsals, constant growth": "--optim alsals --optim_args growth=constant",
 }
+
+# Other settings of alsals, and other schedules of AdamW, which the README leaves out.
+VARIANTS = [name for name in OPTIMIZERS if name.startswith(("alsals, ", "adamw, "))]
+VARIANTS.remove("adamw, library default")
 
 # Those that transformers does not have, by their names in the package pytorch_optimizer.
 PEERS = {"lamb": "Lamb", "prodigy": "Prodigy"}
@@ -213,7 +218,7 @@ def run(
             )
             return False
         with open(os.path.join(output_dir, "trainer_state.json")) as file:
-            logs = json.load(file)["log_history"]
+            state = json.load(file)
         with open(os.path.join(output_dir, "all_results.json")) as file:
             results = json.load(file)
     keys = ("step", "loss", "learning_rate", "lr_multiplier", "probes")
@@ -227,7 +232,8 @@ def run(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(seconds, 1),
         "results": {name: value for name, value in results.items() if "per_second" not in name},
-        "curve": [{key: entry[key] for key in keys if key in entry} for entry in logs if "loss" in entry],
+        "warnings": state["stateful_callbacks"].get("FailureCallback", {}).get("attributes", {}).get("warnings", []),
+        "curve": [{key: entry[key] for key in keys if key in entry} for entry in state["log_history"] if "loss" in entry],
     }
     os.makedirs(args.results, exist_ok=True)
     with open(path + ".part", "w") as file:
@@ -295,7 +301,7 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
     return next((row for row in mine if row["seeds"] == most), None)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
     """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
     lines = [
         "| task | optimizer | learning rate | seeds | loss | accuracy | probes a step |",
@@ -307,7 +313,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{row[metric]:.3f}{error}" if metric in row else ""
 
     for task in TASKS:
-        for optimizer in OPTIMIZERS:
+        for optimizer in optimizers:
             row = chosen_row(rows, task, optimizer)
             if row is None:
                 continue
@@ -389,7 +395,9 @@ def main() -> None:
     rows = summarize(runs)
     if rows:
         draw(runs, rows, args.results.rstrip("/") + ".png")
-    print(table(rows))
+        with open(args.results.rstrip("/") + ".md", "w") as file:
+            file.write(f"# All rows\n\n{table(rows, OPTIMIZERS)}\n")
+    print(table(rows, OPTIMIZERS))
     if not all(finished):
         sys.exit(f"compare.py: {finished.count(False)} runs failed, and will be tried again")
 
