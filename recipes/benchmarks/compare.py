@@ -219,6 +219,7 @@ def run(
             return False
         with open(os.path.join(output_dir, "trainer_state.json")) as file:
             state = json.load(file)
+        logs = [entry for entry in state["log_history"] if "loss" in entry]
         with open(os.path.join(output_dir, "all_results.json")) as file:
             results = json.load(file)
     keys = ("step", "loss", "learning_rate", "lr_multiplier", "probes")
@@ -233,7 +234,7 @@ def run(
         "seconds": round(seconds, 1),
         "results": {name: value for name, value in results.items() if "per_second" not in name},
         "warnings": state["stateful_callbacks"].get("FailureCallback", {}).get("attributes", {}).get("warnings", []),
-        "curve": [{key: entry[key] for key in keys if key in entry} for entry in state["log_history"] if "loss" in entry],
+        "curve": [{key: entry[key] for key in keys if key in entry} for entry in logs],
     }
     os.makedirs(args.results, exist_ok=True)
     with open(path + ".part", "w") as file:
