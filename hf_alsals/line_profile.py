@@ -202,7 +202,7 @@ def draw_line_profile(profile: dict[str, Any], path: str) -> None:
     if profile["accepted_step_size"] > 0:
         axes.axvline(profile["accepted_step_size"], color="C2", label="step taken")
     if profile["best_step_size"] > 0:
-        axes.axvline(profile["best_step_size"], color="C3", linestyle=":", label="best step")
+        axes.axvline(profile["best_step_size"], color="C3", linestyle=":", label="best step on this batch")
     seen = [loss for loss in profile["losses"] if math.isfinite(loss)]
     spread = max(first - min(seen), 1e-12)
     axes.set_ylim(min(seen) - 0.5 * spread, first + 2 * spread)

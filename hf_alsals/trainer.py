@@ -176,11 +176,14 @@ class AlsalsTrainerMixin:
             self._logged_probes = (step, probes)
             logs["lr_multiplier"] = logs["learning_rate"]
             logs["learning_rate"] = logs["step_size"] = self.alsals.step_size
-            logs["slope"] = self.alsals.slope
-            logs["decrease"] = self.alsals.decrease
-            logs["armijo_ratio"] = self.alsals.line_search.armijo_ratio
-            if isinstance(self.alsals.line_search, PathSearch):
-                logs["path_slope"] = self.alsals.line_search.path_slope
+            search = self.alsals.line_search
+            follows_path = isinstance(search, PathSearch)
+            if not (follows_path and search.is_annealing):  # while it anneals they would be those of long ago
+                logs["slope"] = search.slope
+                logs["decrease"] = search.decrease
+                logs["armijo_ratio"] = search.armijo_ratio
+                if follows_path:
+                    logs["path_slope"] = search.path_slope
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)
 

@@ -1,5 +1,6 @@
 """Training arguments that take `--optim alsals`."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .optimizer import ALSALS, PRESETS
+
+logger = logging.getLogger(__name__)
 
 _OPTIM_ARGS = {
     "growth": str,
@@ -98,7 +101,9 @@ class AlsalsArgumentsMixin:
                 setattr(self, name, value if ours else getattr(super(), name))
         if not ours:
             if optim not in list(OptimizerNames):
-                raise ValueError(f"optim must be one of {', '.join(PRESETS)} or an OptimizerNames, got {optim!r}.")
+                raise ValueError(
+                    f"optim must be one of {', '.join(PRESETS)} or one of the Trainer's own, such as adamw_torch, got {optim!r}."
+                )
             super().__post_init__()
             return
         self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.23)
@@ -111,6 +116,11 @@ class AlsalsArgumentsMixin:
             if name in _OPTIM_ARGS:
                 raise ValueError(f"optim_args: {error}") from error
             raise ValueError(f"{_ARGUMENTS.get(name, name)} {rest}") from error
+        if self.learning_rate < 0.1:
+            logger.warning(
+                f"learning_rate multiplies the step size that {optim} finds, and {self.learning_rate:g} makes it much "
+                "smaller: leave it out, or keep it near 1."
+            )
         if self.probe_micro_batches is not None and self.probe_micro_batches < 1:
             raise ValueError(f"optim_args: probe_micro_batches must be at least 1, got {self.probe_micro_batches}.")
 

@@ -175,6 +175,9 @@ def start(parser: AlsalsArgumentParser, predicts: bool = False) -> tuple[Any, ..
     evaluates_only = training_args.do_eval and training_args.eval_strategy == "no"
     if not (training_args.do_train or training_args.do_predict or evaluates_only):
         training_args.do_train = training_args.do_eval = True
+    named = any(getattr(one, "model_name_or_path", None) for one in arguments)
+    if not (training_args.do_train or named):
+        parser.error("model_name_or_path must be given where nothing is trained: a new model has learnt nothing.")
     with one_line_error(parser):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         check_counts(training_args, **dict.fromkeys(sizes, 1))

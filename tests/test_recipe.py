@@ -50,7 +50,8 @@ def test_help_has_one_line_a_flag(path):
     ],
 )
 def test_without_flags_a_recipe_trains_and_evaluates(flags, done, tmp_path, monkeypatch):
-    args = start(monkeypatch, *flags, "--output_dir", tmp_path, "--use_cpu", predicts=True)
+    model = ["--model_name_or_path", "some"]
+    args = start(monkeypatch, *flags, *model, "--output_dir", tmp_path, "--use_cpu", predicts=True)
     assert (args.do_train, args.do_eval, args.do_predict) == done
     assert (args.logging_steps, args.logging_first_step) == (10, True)
 
@@ -59,6 +60,13 @@ def refused(monkeypatch, capsys, *flags):
     with pytest.raises(SystemExit):
         start(monkeypatch, *flags)
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--do_eval", "--do_predict"])
+def test_a_model_that_has_learnt_nothing_is_not_evaluated(flag, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, flag, "--output_dir", tmp_path, "--use_cpu", predicts=True)
+    assert "model_name_or_path must be given where nothing is trained" in capsys.readouterr().err
 
 
 def write_checkpoint(output_dir, step, epoch=1.0):
@@ -77,7 +85,7 @@ def test_a_finished_run_is_not_overwritten_unless_that_is_asked_for(name, tmp_pa
     # Without a checkpoint to go on from it would begin anew.
     message = refused(monkeypatch, capsys, *flags, "--resume_from_checkpoint", "true")
     assert "holds a finished run, nothing is left to go on with" in message
-    for more in (["--overwrite_output_dir"], ["--do_eval"]):
+    for more in (["--overwrite_output_dir"], ["--do_eval", "--model_name_or_path", "some"]):
         start(monkeypatch, *flags, *more)
     assert (tmp_path / name).read_text() == "precious"
 

@@ -130,3 +130,12 @@ def test_probe_micro_batches_are_no_business_of_the_optimizer(tmp_path):
     assert AlsalsTrainingArguments(str(tmp_path), optim="alsals").probe_micro_batches is None
     other = AlsalsTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="anything")
     assert other.probe_micro_batches is None
+
+
+def test_a_learning_rate_that_is_meant_for_adamw_is_named(tmp_path, caplog):
+    AlsalsTrainingArguments(str(tmp_path), optim="adamw_torch", learning_rate=1e-3)
+    AlsalsTrainingArguments(str(tmp_path), optim="alsals", learning_rate=0.5)
+    assert not caplog.records
+    AlsalsTrainingArguments(str(tmp_path), optim="alsals", learning_rate=1e-3)
+    (record,) = caplog.records
+    assert "learning_rate multiplies the step size that alsals finds, and 0.001 makes it" in record.message

@@ -305,7 +305,7 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
 def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
     """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
     lines = [
-        "| task | optimizer | learning rate | seeds | loss | accuracy | probes a step |",
+        "| task | optimizer | learning rate | seeds | loss | accuracy (cola: Matthews correlation) | probes a step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
