@@ -102,7 +102,8 @@ class AlsalsArgumentsMixin:
         if not ours:
             if optim not in list(OptimizerNames):
                 raise ValueError(
-                    f"optim must be one of {', '.join(PRESETS)} or one of the Trainer's own, such as adamw_torch, got {optim!r}."
+                    f"optim must be one of {', '.join(PRESETS)} or of the Trainer's own, such as adamw_torch, "
+                    f"got {optim!r}."
                 )
             super().__post_init__()
             return

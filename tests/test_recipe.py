@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,9 @@ from hf_alsals import AlsalsTrainingArguments
 RECIPES = sorted(Path(recipe.__file__).parent.glob("run_*.py"))
 
 
-@dataclass
-class NoArguments:
-    pass
-
-
 def start(monkeypatch, *flags, predicts=False):
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, flags)])
-    parser = recipe.make_parser("A recipe.", NoArguments, AlsalsTrainingArguments)
+    parser = recipe.make_parser("A recipe.", recipe.ModelArguments, AlsalsTrainingArguments)
     return recipe.start(parser, predicts=predicts)[-1]
 
 
@@ -193,7 +187,7 @@ def test_what_cannot_be_loaded_is_named_with_its_argument(loader, argument, monk
 
 
 def test_errors_of_many_lines_become_one(capsys):
-    parser = recipe.make_parser("A recipe.", NoArguments, AlsalsTrainingArguments)
+    parser = recipe.make_parser("A recipe.", recipe.ModelArguments, AlsalsTrainingArguments)
     with pytest.raises(SystemExit) as error, recipe.one_line_error(parser):
         raise ValueError("one\n  two\n\nthree")
     assert error.value.code == 2
