@@ -322,7 +322,7 @@ def test_the_shipped_configs_are_valid(name):
         (["--merge_and_unload"], "merge_and_unload needs use_peft."),
         (["--use_peft", "--lora_r", "0"], "lora_r must be at least 1, got 0."),
         (["--use_peft", "--lora_target_modules", "nothing"], "lora_target_modules: "),
-        (["--do_predict"], "there are no test data: name a test_file"),
+        (["--do_train", "--do_predict"], "there are no test data: name a test_file"),
         (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3.0."),
     ],
 )
