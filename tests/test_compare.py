@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,31 @@ def test_a_matrix_is_run_once_and_grown(monkeypatch, tmp_path, capsys):
     )
     grown = {"digits-alsals-seed2.json"} | {f"digits-adamw-{rate:g}-seed2.json" for rate in by_loss[:2]}
     assert set(second) - set(first) == grown
+
+
+@pytest.mark.parametrize("name", compare.PEERS)
+def test_a_rival_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
+    task = compare.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
+    monkeypatch.setattr(compare, "TASKS", {"digits": task})
+    flags = ["--tasks", "digits", "--optimizers", name, "--seeds", "1", "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+    compare.main()
+    (path,) = (tmp_path / "results").iterdir()
+    run = json.loads(path.read_text())
+    assert f"recipes/benchmarks/peer.py {compare.PEERS[name]} recipes/run_image_classification.py" in run["command"]
+    assert run["results"]["eval_loss"] > 0
+
+
+def test_the_optimizer_of_a_rival_is_that_of_its_name(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, types\nfrom hf_alsals import AlsalsTrainer\nargs = types.SimpleNamespace(learning_rate=0.5)\n"
+        "optimizer, kwargs = AlsalsTrainer.get_optimizer_cls_and_kwargs(args)\n"
+        "print(optimizer.__name__, kwargs, sys.argv[1:])\n"
+    )
+    command = [sys.executable, PATH.parent / "peer.py", "Lamb", script, "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Lamb {'lr': 0.5} ['--seed', '3']"
 
 
 def test_fewer_steps_are_a_share_of_them():

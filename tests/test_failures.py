@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import math
@@ -31,14 +32,14 @@ def parameter(value, dtype=torch.float32):
     return nn.Parameter(torch.tensor(value, dtype=dtype))
 
 
+def rising_loss():
+    """A parameter, and a loss of it that is higher at every call."""
+    w, calls = parameter([1.0]), itertools.count(1)
+    return w, lambda: w.sum() + next(calls)
+
+
 def test_a_loss_that_rises_at_every_step_size_pins_it_at_the_smallest():
-    w = parameter([1.0])
-    calls = []
-
-    def closure():
-        calls.append(1)
-        return w.sum() + len(calls)
-
+    w, closure = rising_loss()
     optimizer = ALSALS([w], growth="constant")
     named = watch(optimizer, lambda step: closure, 30)
     assert list(named) == ["smallest step size"]
@@ -48,13 +49,7 @@ def test_a_loss_that_rises_at_every_step_size_pins_it_at_the_smallest():
 
 
 def test_a_first_search_that_finds_nothing_is_named_by_where_it_looked():
-    w = parameter([1.0])
-    calls = []
-
-    def closure():
-        calls.append(1)
-        return w.sum() + len(calls)
-
+    w, closure = rising_loss()
     named = watch(ALSALS([w]), lambda step: closure, 12)
     assert list(named) == ["smallest step size"]
     assert f"down to {0.1 * 0.5**29:.1e}" in named["smallest step size"][1]
@@ -86,13 +81,7 @@ def test_a_search_that_goes_on_at_the_next_steps_is_one_cut():
 
 
 def test_in_low_precision_it_is_named_as_the_cause():
-    w = parameter([1.0])
-    calls = []
-
-    def closure():
-        calls.append(1)
-        return w.sum() + len(calls)
-
+    w, closure = rising_loss()
     named = watch(ALSALS([w], growth="constant"), lambda step: closure, 12, low_precision=True)
     assert "float32" in named["smallest step size"][1]
 

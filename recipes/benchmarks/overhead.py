@@ -30,7 +30,8 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
 
 import hf_alsals.optimizer
-from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals.callbacks import alsals_of
 from hf_alsals.direction import AdamDirection
 
 # A constant schedule, because nothing is searched while it anneals.
@@ -110,9 +111,9 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if state.global_step > self.warmup:
             self.steps.append((self.begin, mark()))
-            inner = getattr(optimizer, "optimizer", optimizer)
-            self.probes.append(getattr(inner, "probes", 0))
-            self.annealing.append(inner.line_search.is_annealing if isinstance(inner, ALSALS) else False)
+            alsals = alsals_of(optimizer)
+            self.probes.append(alsals.probes if alsals else 0)
+            self.annealing.append(alsals.line_search.is_annealing if alsals else False)
 
 
 def mark() -> Any:
