@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests run beside each other
+
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
