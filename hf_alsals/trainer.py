@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
 from transformers.utils import is_sagemaker_mp_enabled
 
 from .callbacks import StepSizeCallback
@@ -92,6 +92,27 @@ class AlsalsTrainerMixin:
         self.alsals = inner if isinstance(inner, ALSALS) else None
         self.loss_replay = None
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule; of ours `"warmup_stable_decay"` falls linearly in the second half by default.
+
+        Args:
+            num_training_steps (`int`): Optimizer steps of the whole training.
+            args, kwargs: Passed on to the Trainer.
+
+        Returns:
+            `torch.optim.lr_scheduler.LRScheduler`: The schedule.
+        """
+        given = self.args
+        if given.optim in PRESETS and given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            steps = num_training_steps - given.get_warmup_steps(num_training_steps)
+            decay = {"num_decay_steps": steps // 2, "decay_type": "linear"}
+            self.args = copy.copy(given)  # the user's own may serve another training
+            self.args.lr_scheduler_kwargs = decay | (given.lr_scheduler_kwargs or {})
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args = given
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.

@@ -41,7 +41,7 @@ def defaults_of(optim: str) -> dict[str, Any]:
         }
     return {
         "learning_rate": 1.0,
-        "lr_scheduler_type": "linear" if optim == "alsals" else "constant",
+        "lr_scheduler_type": "warmup_stable_decay" if optim == "alsals" else "constant",
         "adam_beta1": PRESETS[optim].get("betas", (TrainingArguments.adam_beta1,))[0],
     }
 
@@ -60,8 +60,10 @@ class AlsalsArgumentsMixin:
             [`ALSALS`]) and `probe_micro_batches` (see [`LossReplay`]).
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
-        lr_scheduler_type (`str`, *optional*): The schedule of that multiplier: `"linear"` for `alsals` and
-            `"constant"` for the published methods if left out. For all others the Trainer's own default.
+        lr_scheduler_type (`str`, *optional*): The schedule of that multiplier. If left out
+            `"warmup_stable_decay"` for `alsals`, which falls linearly to 0 in the second half of training unless
+            `lr_scheduler_kwargs` say otherwise, and `"constant"` for the published methods. For all others the
+            Trainer's own default.
         adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.
 
     Raises:
@@ -85,8 +87,8 @@ class AlsalsArgumentsMixin:
     lr_scheduler_type: SchedulerType | None = field(
         default=None,
         metadata={
-            "help": "The scheduler type to use. Defaults to linear for alsals, to constant for alsals_paper, salsa "
-            "and adam_sls, to the Trainer's own default for all others."
+            "help": "The scheduler type to use. Defaults to warmup_stable_decay for alsals, to constant for "
+            "alsals_paper, salsa and adam_sls, to the Trainer's own default for all others."
         },
     )
     adam_beta1: float | None = field(

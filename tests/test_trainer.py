@@ -196,6 +196,30 @@ def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
     assert sum(entry["probes"] * 3 for entry in logs) == pytest.approx(trainer.alsals.line_search.total_probes)
 
 
+@pytest.mark.parametrize(
+    ("settings", "multipliers"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 2 / 3, 1 / 3]),
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 2}}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]),
+        ({"lr_scheduler_kwargs": {"min_lr_ratio": 0.5}}, [1, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6]),
+        ({"lr_scheduler_type": "linear"}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    ],
+)
+def test_the_schedule_falls_in_the_second_half_unless_told_otherwise(settings, multipliers, tmp_path):
+    args = arguments(tmp_path, max_steps=10, **settings)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(10, optimizer)
+    seen = []
+    for _ in multipliers:
+        seen += scheduler.get_last_lr()[:1]
+        optimizer.step(lambda: 0.0, 0.0)
+        scheduler.step()
+    assert seen == pytest.approx(multipliers)
+    assert trainer.args is args and args.lr_scheduler_kwargs == settings.get("lr_scheduler_kwargs")
+
+
 @pytest.mark.parametrize("preset", ["alsals", "salsa"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_continues_bit_for_bit(preset, accumulation, tmp_path):

@@ -26,7 +26,7 @@ def test_presets_are_accepted_from_python_and_from_the_command_line(preset, cls,
     ):
         assert args.optim == preset
         assert args.learning_rate == 1.0
-        assert args.lr_scheduler_type == ("linear" if preset == "alsals" else "constant")
+        assert args.lr_scheduler_type == ("warmup_stable_decay" if preset == "alsals" else "constant")
         assert args.to_dict()["optim"] == preset
 
 

@@ -106,6 +106,7 @@ OPTIMIZERS = {
     "adam_sls": "--optim adam_sls",
     # More than the time of the searches is saved.
     "alsals, 5 % fewer steps": "--optim alsals {fewer_steps}",
+    "alsals, linear": "--optim alsals --lr_scheduler_type linear",
     "alsals, cosine": "--optim alsals --lr_scheduler_type cosine",
     "alsals, no schedule": "--optim alsals --lr_scheduler_type constant",
     "alsals, from 1e-6": "--optim alsals --optim_args initial_step_size=1e-6",
