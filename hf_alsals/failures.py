@@ -62,7 +62,6 @@ class FailureMonitor:
         at_largest = alsals.step_size >= self.largest_step_size
         self.steps_at_large_step_size = self.steps_at_large_step_size + 1 if at_largest else 0
         if alsals.searched:
-            smoothed = search.smoothed_prediction if isinstance(search, PathSearch) else search.smoothed_slope
             self.searches_so_far += 1
             self.searches.append(
                 {
@@ -71,7 +70,7 @@ class FailureMonitor:
                     "cut": self.searches_so_far > 1
                     and not self.searches[-1]["rejected"]
                     and search.step_size < 2 / 3 * self.last_step_size,
-                    "uphill": smoothed < 0,
+                    "uphill": search.smoothed_slope < 0,
                     "non-finite": alsals.non_finite_probes > 0,
                     "unseen": search.slope > 0 and search.decrease == 0,
                 }

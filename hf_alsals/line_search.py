@@ -140,14 +140,14 @@ class ArmijoLineSearch:
         while True:
             last_decrease, decrease = decrease, loss - probe(step_size)
             probes += 1
-            smoothed_decrease = self.beta3 * self.smoothed_decrease + (1 - self.beta3) * decrease
+            smoothed_decrease = self._smooth_decrease(step_size, slope, decrease)
             sufficient = smoothed_decrease >= self._bound(step_size, slope) or decrease == last_decrease == 0
             accepted = math.isfinite(decrease) and sufficient
             if accepted or probes == self.max_probes:
                 break
             step_size *= self.decrease_factor
 
-        self._remember(step_size, slope)
+        self._remember(step_size, slope, decrease)
         self.step_size = step_size
         if not accepted:  # costs the next search one decrease, not a hundred
             self.trial_step_size *= self.decrease_factor
@@ -161,8 +161,6 @@ class ArmijoLineSearch:
         self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
         self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size
         self.steps_until_search = self._interval() - 1 if accepted else 0
-        if math.isfinite(decrease):
-            self.smoothed_decrease = smoothed_decrease
         return step_size if accepted or 0 < decrease < math.inf else 0.0
 
     def skip(self) -> float:
@@ -198,12 +196,17 @@ class ArmijoLineSearch:
             return self.smoothed_slope
         return self.beta3 * self.smoothed_slope + (1 - self.beta3) * slope
 
+    def _smooth_decrease(self, step_size: float, slope: float, decrease: float) -> float:
+        return self.beta3 * self.smoothed_decrease + (1 - self.beta3) * decrease
+
     def _bound(self, step_size: float, slope: float) -> float:
         smoothed_slope = self._smooth(slope)
         c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
         return c * step_size * smoothed_slope
 
-    def _remember(self, step_size: float, slope: float) -> None:
+    def _remember(self, step_size: float, slope: float, decrease: float) -> None:
+        if math.isfinite(decrease):
+            self.smoothed_decrease = self._smooth_decrease(step_size, slope, decrease)
         self.smoothed_slope = self._smooth(slope)
 
     def _interval(self) -> int:

@@ -17,17 +17,18 @@ class PathSearch(ArmijoLineSearch):
     average of the path slopes over that of their absolute values.
 
     Searches bound it: they probe the step size that it has come to, and multiply by `decrease_factor` until the
-    smoothed decrease is at least `c` times the smoothed prediction, which is `step size * slope`. With predictions
-    smoothed, and not slopes as in arXiv 2403.18519, an old slope does not judge a new step size. One search halves
-    the step size at most, for its batch may be a bad one; the next step searches on. The first search
-    looks from `initial_step_size` up or down for the largest step size with a sufficient decrease. Training starts at
-    `first_share` of that, for what a first batch allows is mostly noise.
+    smoothed decrease is at least `c` times the smoothed prediction, which is the step size times the smoothed slope.
+    The decreases of earlier batches are taken at the step size of the probe, by the parabolas through what was
+    measured, and not at their own, as in arXiv 2403.18519: an old decrease does not judge a new step size. One search
+    halves the step size at most, for its batch may be a bad one, and the next step searches on only if it met a loss
+    that is not finite. The first search looks from `initial_step_size` up or down for the largest step size with a
+    sufficient decrease. Training starts at `first_share` of that, for what a first batch allows is mostly noise.
 
     Once a schedule has brought the learning rate below half of its peak, the step size stays, and nothing is searched.
 
     Args:
         c (`float`, defaults to 0.3): Share of the predicted decrease that must be reached, in (0, 1).
-        beta3 (`float`, defaults to 0.5): Decay of the averages of decreases and predicted decreases, in [0, 1).
+        beta3 (`float`, defaults to 0.5): Decay of the averages of slopes and curvatures, in [0, 1).
         growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
@@ -53,7 +54,7 @@ class PathSearch(ArmijoLineSearch):
     _state = (
         *ArmijoLineSearch._state,
         "started",
-        "smoothed_prediction",
+        "smoothed_curvature",
         "smoothed_path_slope",
         "smoothed_path_size",
     )
@@ -70,7 +71,7 @@ class PathSearch(ArmijoLineSearch):
         super().__init__(c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval)
         self.max_probes = 1 + max(1, math.floor(math.log(0.5) / math.log(decrease_factor)))
         self.started = False
-        self.smoothed_prediction = 0.0
+        self.smoothed_curvature = 0.0
         self.smoothed_path_slope = 0.0
         self.smoothed_path_size = 0.0
         self.is_annealing = False
@@ -125,6 +126,8 @@ class PathSearch(ArmijoLineSearch):
             return self._first_search(loss, slope, probe)
         taken = super().search(loss, slope, probe)
         self.trial_step_size = self.step_size  # it grows in follow()
+        if math.isfinite(self.decrease):  # a bad batch is often followed by others, along the same momentum
+            self.steps_until_search = self._interval() - 1
         return taken
 
     def _first_search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
@@ -165,14 +168,15 @@ class PathSearch(ArmijoLineSearch):
             self.steps_until_search = self._interval() - 1
         return self.step_size if self.started else 0.0
 
-    def _bound(self, step_size: float, slope: float) -> float:
-        prediction = self._smooth_prediction(step_size, slope)
-        return prediction * (self.c if prediction > 0 else 1 / self.c)  # uphill, the loss may rise by 1 / c of it
+    def _smooth_decrease(self, step_size: float, slope: float, decrease: float) -> float:
+        curvature = self._smooth_curvature(step_size, slope, decrease)
+        return step_size * self._smooth(slope) - step_size**2 * curvature
 
-    def _remember(self, step_size: float, slope: float) -> None:
-        self.smoothed_prediction = self._smooth_prediction(step_size, slope)
+    def _remember(self, step_size: float, slope: float, decrease: float) -> None:
+        if math.isfinite(slope) and math.isfinite(decrease):
+            self.smoothed_curvature = self._smooth_curvature(step_size, slope, decrease)
+        self.smoothed_slope = self._smooth(slope)
 
-    def _smooth_prediction(self, step_size: float, slope: float) -> float:
-        if not math.isfinite(slope):
-            return self.smoothed_prediction
-        return self.beta3 * self.smoothed_prediction + (1 - self.beta3) * step_size * slope
+    def _smooth_curvature(self, step_size: float, slope: float, decrease: float) -> float:
+        """Return the average of what the decreases lack to their predictions, by the square of the step size."""
+        return self.beta3 * self.smoothed_curvature + (1 - self.beta3) * (slope - decrease / step_size) / step_size

@@ -54,7 +54,7 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
     w = w.clone()
     w_0 = w.bfloat16().double()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
-    eta, h, q, path, size = start_size, 0.0, 0.0, 0.0, 0.0
+    eta, s, b, path, size = start_size, 0.0, 0.0, 0.0, 0.0
     step_sizes, losses = [], []
     for k, lr in enumerate(lrs):
         w_grad = w.clone().requires_grad_()
@@ -69,16 +69,16 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
             slope = (g * (w_0 - w.bfloat16().double())).sum().item()
             path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
             eta *= growth_factor ** (path / size + 0.3)
-            first = eta
+            first, a = eta, (g * d).sum().item()
+            s = beta3 * s + (1 - beta3) * a
             while True:
                 decrease = loss - f(w - eta * d, k).item()
-                new_h = beta3 * h + (1 - beta3) * decrease
-                new_q = beta3 * q + (1 - beta3) * eta * (g * d).sum().item()
-                accepted = new_h >= (c if new_q > 0 else 1 / c) * new_q
+                new_b = beta3 * b + (1 - beta3) * (eta * a - decrease) / eta**2
+                accepted = eta * s - eta**2 * new_b >= (c if s > 0 else 1 / c) * eta * s
                 if accepted or eta * decrease_factor < 0.5 * first:
                     break
                 eta *= decrease_factor
-            h, q = new_h, new_q
+            b = new_b
 
         if accepted or decrease > 0:
             w = w - lr * eta * d

@@ -123,20 +123,30 @@ def test_what_has_not_started_is_due_whatever_the_schedule():
 
 def test_the_smoothed_decrease_has_to_be_c_times_the_smoothed_prediction():
     search = started(c=0.4, beta3=0.75)
-    a = 2.0
-    h = q = 0.0
-    for b in (1.0, 30.0, 5.0, 40.0, 3.0):
+    batches = []
+    for a, b in [(2.0, 1.0), (1.0, 30.0), (3.0, 5.0), (2.0, 60.0), (2.0, 3.0), (1.0, 8.0)]:
+        batches.append((a, b))
         step_size, probes = search.step_size, 1
-        while True:
-            new_h = 0.75 * h - 0.25 * quadratic(a, b)(step_size)
-            new_q = 0.75 * q + 0.25 * step_size * a
-            if new_h >= 0.4 * new_q:
+        while True:  # the losses of all batches so far are parabolas, which are known at every step size
+            weights = [0.25 * 0.75**age for age in reversed(range(len(batches)))]
+            decrease = sum(-weight * quadratic(*batch)(step_size) for weight, batch in zip(weights, batches))
+            prediction = sum(weight * step_size * batch[0] for weight, batch in zip(weights, batches))
+            if decrease >= 0.4 * prediction:
                 break
             step_size, probes = 0.9 * step_size, probes + 1
-        h, q = new_h, new_q
         assert search.search(0.0, a, quadratic(a, b)) == pytest.approx(step_size)
         assert search.probes == probes
         assert search.step_size == search.trial_step_size == pytest.approx(step_size)
+
+
+def test_a_bad_batch_at_a_large_step_size_is_no_evidence_against_a_small_one():
+    search = started(c=0.3, beta3=0.5)
+    search.search(0.0, 1.0, quadratic(1.0, 500.0))
+    assert search.step_size == pytest.approx(0.1 * 0.9**6) and not search.accepted  # by halving it at most
+    for _ in range(20):
+        search.search(0.0, 1.0, quadratic(1.0, 500.0))
+    # Where the parabola itself has a sufficient decrease, and not below.
+    assert 0.9 * 1.4 / 500 < search.step_size <= 1.4 / 500
 
 
 def test_uphill_the_loss_may_rise_by_one_over_c_of_the_prediction():
@@ -146,7 +156,7 @@ def test_uphill_the_loss_may_rise_by_one_over_c_of_the_prediction():
 
 
 @pytest.mark.parametrize(("decrease_factor", "probes"), [(0.9, 7), (0.8, 4), (0.5, 2), (0.3, 2)])
-def test_a_search_halves_the_step_size_at_most_and_the_next_step_searches_on(decrease_factor, probes):
+def test_a_search_halves_the_step_size_at_most_and_searches_on_where_it_is_not_finite(decrease_factor, probes):
     search = started(decrease_factor=decrease_factor)
     search.search_interval = 3
     for k in (1, 2):
@@ -156,6 +166,16 @@ def test_a_search_halves_the_step_size_at_most_and_the_next_step_searches_on(dec
         assert search.is_due()
     assert search.search(0.0, 1.0, lambda step_size: -step_size) == search.step_size
     assert not search.is_due()
+
+
+def test_a_bad_batch_is_not_searched_on():
+    search = started(decrease_factor=0.5)
+    search.search_interval = 3
+    assert search.search(0.0, 1.0, lambda step_size: 1.0) == 0.0
+    assert (search.step_size, search.accepted) == (0.05, False)
+    for _ in range(2):
+        assert not search.is_due() and search.skip() == 0.05
+    assert search.is_due()
 
 
 @pytest.mark.parametrize("probes_before", [0, 1, 4])
