@@ -94,7 +94,9 @@ class AlsalsTrainerMixin:
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule; of ours `"warmup_stable_decay"` falls linearly in the second half by default.
+        """Create the schedule; with our optimizers `"warmup_stable_decay"` needs no `lr_scheduler_kwargs`.
+
+        Unless they say otherwise it falls linearly to 0 in the second half of what comes after a warm-up.
 
         Args:
             num_training_steps (`int`): Optimizer steps of the whole training.

@@ -333,8 +333,11 @@ def draw(runs: list[dict[str, Any]], rows: list[dict[str, Any]], path: str) -> N
     """Draw, for each task, training loss against steps and seconds and step size against steps, of the first seed."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
     shown = ("alsals", "adamw", "schedule-free", "alsals_paper")
+    drawn = {row["task"] for row in rows if row["optimizer"] in shown}
+    tasks = [task for task in TASKS if task in drawn]
+    if not tasks:
+        return
     figure = Figure(figsize=(12, 2.6 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), 3, squeeze=False)
     for task, (loss_axes, time_axes, step_size_axes) in zip(tasks, grid, strict=True):

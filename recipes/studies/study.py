@@ -56,7 +56,7 @@ def train(
     steps: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Train a model with the schedule that the Trainer gives its optimizer, and return a record of each step.
+    """Train, `alsals` with a linear schedule and AdamW with warm-up and cosine, and return a record of each step.
 
     Args:
         model (`torch.nn.Module`): The model.
