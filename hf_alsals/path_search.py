@@ -173,10 +173,12 @@ class PathSearch(ArmijoLineSearch):
         return step_size * self._smooth(slope) - step_size**2 * curvature
 
     def _remember(self, step_size: float, slope: float, decrease: float) -> None:
-        if math.isfinite(slope) and math.isfinite(decrease):
+        if math.isfinite(decrease):
             self.smoothed_curvature = self._smooth_curvature(step_size, slope, decrease)
         self.smoothed_slope = self._smooth(slope)
 
     def _smooth_curvature(self, step_size: float, slope: float, decrease: float) -> float:
         """Return the average of what the decreases lack to their predictions, by the square of the step size."""
+        if not math.isfinite(slope):
+            return self.smoothed_curvature
         return self.beta3 * self.smoothed_curvature + (1 - self.beta3) * (slope - decrease / step_size) / step_size

@@ -168,6 +168,15 @@ def test_a_search_halves_the_step_size_at_most_and_searches_on_where_it_is_not_f
     assert not search.is_due()
 
 
+@pytest.mark.parametrize("slope", [math.nan, math.inf, -math.inf])
+def test_a_slope_that_is_not_finite_is_left_out_of_the_averages(slope):
+    search = started()
+    search.search(0.0, 1.0, quadratic(1.0, 2.0))
+    before = search.smoothed_slope, search.smoothed_curvature
+    assert search.search(0.0, slope, quadratic(1.0, 2.0)) == 0.1  # by what is known of the batch before
+    assert (search.smoothed_slope, search.smoothed_curvature) == before == pytest.approx((0.5, 0.5))
+
+
 def test_a_bad_batch_is_not_searched_on():
     search = started(decrease_factor=0.5)
     search.search_interval = 3
