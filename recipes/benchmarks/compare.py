@@ -104,7 +104,7 @@ OPTIMIZERS = {
     "alsals_paper": "--optim alsals_paper",
     "salsa": "--optim salsa",
     "adam_sls": "--optim adam_sls",
-    # More than the time of the searches is saved.
+    # About the time of the searches is saved.
     "alsals, 5 % fewer steps": "--optim alsals {fewer_steps}",
     "alsals, linear": "--optim alsals --lr_scheduler_type linear",
     "alsals, cosine": "--optim alsals --lr_scheduler_type cosine",
