@@ -94,9 +94,9 @@ class AlsalsTrainerMixin:
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule; with our optimizers `"warmup_stable_decay"` needs no `lr_scheduler_kwargs`.
+        """Create the schedule; `"warmup_stable_decay"` needs no `num_decay_steps` in `lr_scheduler_kwargs`.
 
-        Unless they say otherwise it falls linearly to 0 in the second half of what comes after a warm-up.
+        Without, it falls linearly to 0 in the second half of what comes after a warm-up, with every optimizer.
 
         Args:
             num_training_steps (`int`): Optimizer steps of the whole training.
@@ -106,11 +106,12 @@ class AlsalsTrainerMixin:
             `torch.optim.lr_scheduler.LRScheduler`: The schedule.
         """
         given = self.args
-        if given.optim in PRESETS and given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+        changes = given.lr_scheduler_kwargs or {}
+        if given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in changes:
             steps = num_training_steps - given.get_warmup_steps(num_training_steps)
             decay = {"num_decay_steps": steps // 2, "decay_type": "linear"}
             self.args = copy.copy(given)  # the user's own may serve another training
-            self.args.lr_scheduler_kwargs = decay | (given.lr_scheduler_kwargs or {})
+            self.args.lr_scheduler_kwargs = decay | changes
         try:
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:

@@ -196,12 +196,16 @@ def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
     assert sum(entry["probes"] * 3 for entry in logs) == pytest.approx(trainer.alsals.line_search.total_probes)
 
 
+COSINE_IN_FIVE = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 5)]
+
+
 @pytest.mark.parametrize(
     ("settings", "multipliers"),
     [
         ({}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
         ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 2 / 3, 1 / 3]),
         ({"lr_scheduler_kwargs": {"num_decay_steps": 2}}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]),
+        ({"lr_scheduler_kwargs": {"decay_type": "cosine"}}, [1, 1, 1, 1, 1, 1, *COSINE_IN_FIVE]),
         ({"lr_scheduler_kwargs": {"min_lr_ratio": 0.5}}, [1, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6]),
         ({"lr_scheduler_type": "linear"}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
     ],
@@ -218,6 +222,13 @@ def test_the_schedule_falls_in_the_second_half_unless_told_otherwise(settings, m
         scheduler.step()
     assert seen == pytest.approx(multipliers)
     assert trainer.args is args and args.lr_scheduler_kwargs == settings.get("lr_scheduler_kwargs")
+
+
+def test_adamw_takes_the_same_schedule(tmp_path):
+    settings = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "warmup_stable_decay"}
+    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, max_steps=4, **settings), train_dataset=Sequences())
+    trainer.train()
+    assert [entry["learning_rate"] for entry in training_logs(trainer)] == pytest.approx([0.01, 0.01, 0.01, 0.005])
 
 
 @pytest.mark.parametrize("preset", ["alsals", "salsa"])

@@ -93,6 +93,8 @@ OPTIMIZERS = {
     "adamw": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1",
     "adamw, linear": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type linear"
     " --warmup_steps 0.1",
+    "adamw, warmup_stable_decay": "--optim adamw_torch --learning_rate {learning_rate}"
+    " --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
     "adamw, constant": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type constant",
     "adamw, library default": "--optim adamw_torch",
     "schedule-free": "--optim schedule_free_adamw --learning_rate {learning_rate} --lr_scheduler_type constant",
