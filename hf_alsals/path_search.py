@@ -13,16 +13,19 @@ class PathSearch(ArmijoLineSearch):
     Not of the paper. The path slope `<g_k, w_0 - w_k>` is the decrease of a new batch's loss for going on along the
     way from the first weights to the present ones. It is positive while the steps have been too short and negative
     once they have gone too far, as at the end of a line search over the whole of training, and it costs no probe. At
-    each step the step size is multiplied by `growth_factor ** (r + overshoot)`, where `r`, between -1 and 1, is the
-    average of the path slopes over that of their absolute values.
+    each step the step size is multiplied by `growth_factor ** (share * (r + overshoot))`, where `r`, between -1 and 1,
+    is the average of the path slopes over that of their absolute values. `share` is 1 until the latter has fallen
+    below a tenth of its largest, and falls with it from there: the loss of data that is known by heart falls a little
+    along the path however large the step size is.
 
     Searches bound it: they probe the step size that it has come to, and multiply by `decrease_factor` until the
     smoothed decrease is at least `c` times the smoothed prediction, which is the step size times the smoothed slope.
     The decreases of earlier batches are taken at the step size of the probe, by the parabolas through what was
     measured, and not at their own, as in arXiv 2403.18519: an old decrease does not judge a new step size. One search
-    halves the step size at most, for its batch may be a bad one, and the next step searches on only if it met a loss
-    that is not finite. The first search looks from `initial_step_size` up or down for the largest step size with a
-    sufficient decrease. Training starts at `first_share` of that, for what a first batch allows is mostly noise.
+    halves the step size at most (or takes `decrease_factor`, if that is less), for its batch may be a bad one, and the
+    next step searches on only if it met a loss that is not finite. Uphill, where the smoothed slope is not positive,
+    the loss may rise by `1 / c` of the prediction. The first search looks for the largest step size with a sufficient
+    decrease, and training starts at `first_share` of that, for what a first batch allows is mostly noise.
 
     Once a schedule has brought the learning rate below half of its peak, the step size stays, and nothing is searched.
 
@@ -31,7 +34,8 @@ class PathSearch(ArmijoLineSearch):
         beta3 (`float`, defaults to 0.5): Decay of the averages of slopes and curvatures, in [0, 1).
         growth_factor (`float`, defaults to 1.03): Growth of the step size a step at `r + overshoot = 1`, at least 1.
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
-        initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
+        initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive. One below 0.1 is doubled
+            until it is not, for the decrease of a small one may be rounding.
         search_interval (`int` or `"adaptive"`, defaults to 10): Steps from one search to the next. `"adaptive"`
             searches the more often the more the step size moves, at least every 10 steps.
 
@@ -47,8 +51,10 @@ class PathSearch(ArmijoLineSearch):
 
     overshoot = 0.3  # with none the steps are too short where gradients are mostly noise
     path_decay = 0.9
+    least_path_size = 0.1  # of the largest, at which the step size is followed fully
     first_share = 0.1
-    max_first_probes = 30  # downwards: to 2 ** -29 of the initial step size
+    least_first_probe = 0.1
+    max_first_probes = 30  # downwards: to 2 ** -29 of the first
     largest_first_step_size = 10.0  # Adam's direction is about 1 in every weight
 
     _state = (
@@ -57,6 +63,7 @@ class PathSearch(ArmijoLineSearch):
         "smoothed_curvature",
         "smoothed_path_slope",
         "smoothed_path_size",
+        "largest_path_size",
     )
 
     def __init__(
@@ -74,6 +81,7 @@ class PathSearch(ArmijoLineSearch):
         self.smoothed_curvature = 0.0
         self.smoothed_path_slope = 0.0
         self.smoothed_path_size = 0.0
+        self.largest_path_size = 0.0
         self.is_annealing = False
 
     @property
@@ -100,8 +108,10 @@ class PathSearch(ArmijoLineSearch):
         share = 1 - self.path_decay
         self.smoothed_path_slope = self.path_decay * self.smoothed_path_slope + share * path_slope
         self.smoothed_path_size = self.path_decay * self.smoothed_path_size + share * abs(path_slope)
+        self.largest_path_size = max(self.largest_path_size, self.smoothed_path_size)
         if self.started and self.smoothed_path_size > 0:
-            self.step_size *= self.growth_factor ** (self.path_slope + self.overshoot)
+            share_of_full = min(1.0, self.smoothed_path_size / (self.least_path_size * self.largest_path_size))
+            self.step_size *= self.growth_factor ** (share_of_full * (self.path_slope + self.overshoot))
             self.trial_step_size = self.step_size
 
     def is_due(self) -> bool:
@@ -134,25 +144,24 @@ class PathSearch(ArmijoLineSearch):
         decreases: dict[float, float] = {}
 
         def is_sufficient(step_size: float) -> bool:
-            decrease = loss - probe(step_size)
-            # A step that is too small to show in the loss does no harm, and is no bound.
-            is_too_small = decrease == 0 and not any(
-                decreases[smaller] for smaller in decreases if smaller < step_size
-            )
-            decreases[step_size] = decrease
-            return is_too_small or (math.isfinite(decrease) and decrease >= self.c * step_size * slope)
+            decreases[step_size] = decrease = loss - probe(step_size)
+            return math.isfinite(decrease) and decrease >= self.c * step_size * slope
 
-        found, trial = 0.0, self.initial_step_size
-        limit = max(self.largest_first_step_size, trial)
+        found = 0.0
         if 0 < slope < math.inf:
+            limit = max(self.largest_first_step_size, self.initial_step_size)
+            doublings = math.ceil(math.log2(self.least_first_probe / self.initial_step_size))
+            trial = self.initial_step_size * 2 ** max(doublings, 0)
             if is_sufficient(trial):
                 found = trial
                 while 2 * found <= limit and is_sufficient(2 * found):
                     found *= 2
-            else:
-                while found == 0 and len(decreases) < self.max_first_probes:
-                    trial *= 0.5
-                    found = trial if is_sufficient(trial) else 0.0
+            while found == 0 and len(decreases) < self.max_first_probes:
+                trial *= 0.5
+                found = trial if is_sufficient(trial) else 0.0
+            if found == 0:  # where steps are too small to show in the loss, they do no harm
+                shown = min((size for size, decrease in decreases.items() if decrease != 0), default=math.inf)
+                found = max((size for size in decreases if size < shown), default=0.0)
             for fraction in (0.5, 0.25, 0.125) if found > 0 else ():  # to a tenth, whatever it was looked for from
                 if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
                     found *= 2**fraction

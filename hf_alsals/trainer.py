@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class AlsalsTrainerMixin:
-    """Makes any [`~transformers.Trainer`] subclass train with [`ALSALS`]; with another optimizer it changes nothing.
+    """Makes any [`~transformers.Trainer`] subclass train with [`ALSALS`]; others train as before.
 
     Put it first: `class MyTrainer(AlsalsTrainerMixin, SFTTrainer)`. The arguments are those of the trainer; its
     training arguments name the optimizer (see [`AlsalsArgumentsMixin`]), or `optimizers` holds an [`ALSALS`]. It adds
@@ -94,9 +94,11 @@ class AlsalsTrainerMixin:
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule; `"warmup_stable_decay"` needs no `num_decay_steps` in `lr_scheduler_kwargs`.
+        """Create the schedule; `"warmup_stable_decay"` needs no `lr_scheduler_kwargs`.
 
-        Without, it falls linearly to 0 in the second half of what comes after a warm-up, with every optimizer.
+        Without `num_decay_steps` it falls from the end of `num_stable_steps` on, by default in the second half of what
+        comes after a warm-up, whatever the optimizer. With ours, or without `num_decay_steps`, it falls linearly to 0
+        unless `lr_scheduler_kwargs` say otherwise.
 
         Args:
             num_training_steps (`int`): Optimizer steps of the whole training.
@@ -107,9 +109,11 @@ class AlsalsTrainerMixin:
         """
         given = self.args
         changes = given.lr_scheduler_kwargs or {}
-        if given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in changes:
+        is_ours = given.optim in PRESETS or "num_decay_steps" not in changes  # the Trainer refuses the latter
+        if given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and is_ours:
             steps = num_training_steps - given.get_warmup_steps(num_training_steps)
-            decay = {"num_decay_steps": steps // 2, "decay_type": "linear"}
+            stable = changes.get("num_stable_steps") or steps - steps // 2
+            decay = {"num_decay_steps": max(steps - stable, 0), "decay_type": "linear"}
             self.args = copy.copy(given)  # the user's own may serve another training
             self.args.lr_scheduler_kwargs = decay | changes
         try:

@@ -62,7 +62,7 @@ class AlsalsArgumentsMixin:
             out. For all others the Trainer's own default.
         lr_scheduler_type (`str`, *optional*): The schedule of that multiplier. If left out
             `"warmup_stable_decay"` for `alsals`, which falls linearly to 0 in the second half of training unless
-            `lr_scheduler_kwargs` has `num_decay_steps`, and `"constant"` for the published methods. For all others the
+            `lr_scheduler_kwargs` say otherwise, and `"constant"` for the published methods. For all others the
             Trainer's own default.
         adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.
 

@@ -1235,6 +1235,24 @@ def test_path_search_follows_its_reference(initial_step_size, lrs):
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_that_is_known_by_heart_is_no_reason_to_run_away(seed):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    inputs, labels = torch.randn(16, 32, 32), torch.randint(0, 10, (16, 32))
+    optimizer = hf_alsals.ALSALS(net.parameters())
+    cross_entropy = torch.nn.functional.cross_entropy
+    losses = []
+    for k in range(1600):
+        optimizer.zero_grad()
+        loss = cross_entropy(net(inputs[k % 16]), labels[k % 16])
+        loss.backward()
+        optimizer.step(lambda k=k: cross_entropy(net(inputs[k % 16]), labels[k % 16]), loss)
+        losses.append(loss.item())
+    assert max(losses[-800:]) < 0.01
+    assert optimizer.step_size < 0.5
+
+
 def test_the_path_slope_is_that_of_the_unclipped_gradient_towards_the_first_weights():
     w = single([1.0, -2.0])
     optimizer = hf_alsals.ALSALS([w], initial_step_size=0.5, growth_factor=2.0)

@@ -60,6 +60,19 @@ def test_steps_too_small_to_show_in_the_loss_are_no_bound(initial_step_size):
     assert search.decrease == pytest.approx(-quadratic(1.0, 5.0)(10 * step_size), abs=1e-3)
 
 
+@pytest.mark.parametrize("initial_step_size", [1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("phase", range(7))
+def test_rounding_hides_no_step_size(initial_step_size, phase):
+    search = PathSearch(initial_step_size=initial_step_size)
+
+    def rounded(x):  # off by 1e-4 either way, and without a decrease below 1e-8
+        noise = 1e-4 * math.sin(1e3 * phase + 40 * math.log(x)) if x > 1e-8 else 0.0
+        return quadratic(1.0, 5.0)(x) + noise
+
+    step_size = search.search(0.0, 1.0, rounded)
+    assert 0.28 / 2**0.125 * 0.98 <= 10 * step_size <= 0.28 * 1.02
+
+
 def test_a_loss_that_is_not_finite_is_not_sufficient():
     search = PathSearch(initial_step_size=1.0)
     step_size = search.search(0.0, 1.0, lambda step_size: -step_size if step_size < 0.01 else -math.inf)
@@ -78,6 +91,20 @@ def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their
         search.follow(slopes[k - 1])
         assert search.path_slope == pytest.approx(average / size)
         assert search.step_size == pytest.approx(expected)
+
+
+def test_path_slopes_that_have_become_small_are_followed_less():
+    search = started(growth_factor=1.2)
+    for _ in range(200):
+        search.follow(-7.0)
+    before = search.step_size
+    sizes = [7 * 0.9**k + 0.02 * (1 - 0.9**k) for k in range(1, 121)]  # the last is three thousandths of the largest
+    averages = [-7 * 0.9**k + 0.02 * (1 - 0.9**k) for k in range(1, 121)]
+    for _ in sizes:
+        search.follow(0.02)
+    exponents = [min(1, size / 0.7) * (mean / size + 0.3) for size, mean in zip(sizes, averages, strict=True)]
+    assert search.step_size / before == pytest.approx(1.2 ** sum(exponents), rel=1e-6)
+    assert exponents[-1] == pytest.approx(0.02 / 0.7 * 1.3, rel=1e-3)
 
 
 def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():

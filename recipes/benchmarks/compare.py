@@ -286,13 +286,13 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_rows(rows: list[dict[str, Any]], task: str, optimizer: str) -> list[dict[str, Any]]:
-    """Return the rows of an optimizer on a task, the best first."""
+    """Return the rows of an optimizer on a task, the best first; of those that are equal, by loss."""
     mine = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
     sign = -1 if TASKS[task].higher_is_better else 1
 
-    def rank(row: dict[str, Any]) -> float:
-        value = sign * row[TASKS[task].metric]
-        return value if math.isfinite(value) else math.inf
+    def rank(row: dict[str, Any]) -> tuple[float, ...]:
+        values = (sign * row[TASKS[task].metric], row["eval_loss"])
+        return tuple(value if math.isfinite(value) else math.inf for value in values)
 
     return sorted(mine, key=rank)
 
