@@ -81,6 +81,7 @@ def test_fewer_steps_are_a_share_of_them():
 
 def row(optimizer, learning_rate, loss, seed):
     run = {"task": "bert-mlm", "optimizer": optimizer, "learning_rate": learning_rate, "seed": seed}
+    run["command"] = compare.OPTIMIZERS[optimizer]
     curve = [{"step": 1, "probes": 9}, {"step": 5, "probes": 1}] if optimizer == "alsals" else []
     return run | {"results": {"eval_loss": loss}, "curve": curve}
 
@@ -99,6 +100,21 @@ def test_means_have_their_standard_error_and_one_lucky_seed_does_not_win():
         "| bert-mlm | alsals | none chosen | 1 | 2.200 |  | 2.60 |",
         "| bert-mlm | adamw | 0.001, best of 3 | 3 | 2.200 ± 0.153 |  |  |",
     ]
+
+
+def test_a_row_by_other_flags_than_todays_says_so():
+    today, before = row("alsals, linear", None, 2.0, 1), row("alsals, cosine", None, 2.0, 1)
+    before["command"] = "python recipes/run_mlm.py --optim alsals --seed 1"
+    lines = compare.table(compare.summarize([today, before]), compare.OPTIMIZERS).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["alsals, linear", "alsals, cosine (by other flags)"]
+
+
+def test_of_equal_metrics_the_lower_loss_is_better():
+    runs = [row("adamw", rate, loss, 1) | {"task": "digits"} for rate, loss in ((1e-3, 0.4), (3e-3, 0.3), (6e-3, 0.1))]
+    for run, accuracy in zip(runs, (0.9, 0.9, 0.8), strict=True):
+        run["results"]["eval_accuracy"] = accuracy
+    rows = compare.summarize(runs)
+    assert [one["learning_rate"] for one in compare.best_rows(rows, "digits", "adamw")] == [3e-3, 1e-3, 6e-3]
 
 
 @pytest.mark.parametrize(

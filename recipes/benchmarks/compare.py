@@ -123,6 +123,11 @@ OPTIMIZERS = {
 VARIANTS = [name for name in OPTIMIZERS if name.startswith(("alsals, ", "adamw, "))]
 VARIANTS.remove("adamw, library default")
 
+HEAD = """# All rows
+
+The json file of a run has its command and the git revision that it is to be run at. Rows "by other flags" were the
+default of their revision, so that the same command is another method today: see [NOTES.md](NOTES.md)."""
+
 # Those that transformers does not have, by their names in the package pytorch_optimizer.
 PEERS = {"lamb": "Lamb", "prodigy": "Prodigy"}
 
@@ -272,6 +277,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (task, optimizer, learning_rate), group in groups.items():
         row = {"task": task, "optimizer": optimizer, "learning_rate": learning_rate, "seeds": len(group)}
+        flags = OPTIMIZERS[optimizer].partition("{")[0].strip()
+        row["is_earlier"] = any(flags not in one["command"] for one in group)
         for metric in ("eval_loss", "eval_accuracy", "eval_matthews_correlation"):
             values = [one["results"][metric] for one in group if metric in one["results"]]
             if values:
@@ -321,13 +328,14 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
             row = chosen_row(rows, task, optimizer)
             if row is None:
                 continue
+            name = f"{optimizer} (by other flags)" if row["is_earlier"] else optimizer
             rate = "none chosen"
             if row["learning_rate"] is not None:
                 rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
             score = with_error(row, "eval_accuracy") or with_error(row, "eval_matthews_correlation")
             loss = with_error(row, "eval_loss")
             probes = f"{row['probes']:.2f}" if "probes" in row else ""
-            lines.append(f"| {task} | {optimizer} | {rate} | {row['seeds']} | {loss} | {score} | {probes} |")
+            lines.append(f"| {task} | {name} | {rate} | {row['seeds']} | {loss} | {score} | {probes} |")
     return "\n".join(lines)
 
 
@@ -403,7 +411,7 @@ def main() -> None:
     if rows:
         draw(runs, rows, args.results.rstrip("/") + ".png")
         with open(args.results.rstrip("/") + ".md", "w") as file:
-            file.write(f"# All rows\n\n{table(rows, OPTIMIZERS)}\n")
+            file.write(f"{HEAD}\n\n{table(rows, OPTIMIZERS)}\n")
     print(table(rows, OPTIMIZERS))
     if not all(finished):
         sys.exit(f"compare.py: {finished.count(False)} runs failed, and will be tried again")
