@@ -85,6 +85,8 @@ TASKS = {
         "run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 4 --gradient_accumulation_steps 4", 600
     ),
     "gpt2-3000": Task("run_clm.py", SIXTEEN, 3000),
+    # Twenty epochs, of which the first few are enough to know the training set by heart.
+    "digits-long": Task("run_image_classification.py", "", 3820, metric="eval_accuracy", higher_is_better=True),
 }
 
 # The flags of each; those with {learning_rate} are run over the task's grid.
