@@ -112,7 +112,7 @@ class AlsalsTrainerMixin:
         is_ours = given.optim in PRESETS or "num_decay_steps" not in changes  # the Trainer refuses the latter
         if given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and is_ours:
             steps = num_training_steps - given.get_warmup_steps(num_training_steps)
-            stable = changes.get("num_stable_steps") or steps - steps // 2
+            stable = changes.get("num_stable_steps", steps - steps // 2)
             decay = {"num_decay_steps": max(steps - stable, 0), "decay_type": "linear"}
             self.args = copy.copy(given)  # the user's own may serve another training
             self.args.lr_scheduler_kwargs = decay | changes

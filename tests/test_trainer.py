@@ -205,6 +205,7 @@ COSINE_IN_FIVE = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 5)
         ({}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
         ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 2 / 3, 1 / 3]),
         ({"lr_scheduler_kwargs": {"num_decay_steps": 4}}, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({"lr_scheduler_kwargs": {"num_stable_steps": 0}}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
         ({"lr_scheduler_kwargs": {"num_stable_steps": 8}}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]),
         ({"warmup_steps": 2, "lr_scheduler_kwargs": {"num_stable_steps": 6}}, [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5]),
         ({"lr_scheduler_kwargs": {"decay_type": "cosine"}}, [1, 1, 1, 1, 1, 1, *COSINE_IN_FIVE]),
