@@ -13,10 +13,11 @@ class PathSearch(ArmijoLineSearch):
     Not of the paper. The path slope `<g_k, w_0 - w_k>` is the decrease of a new batch's loss for going on along the
     way from the first weights to the present ones. It is positive while the steps have been too short and negative
     once they have gone too far, as at the end of a line search over the whole of training, and it costs no probe. At
-    each step the step size is multiplied by `growth_factor ** (share * (r + overshoot))`, where `r`, between -1 and 1,
-    is the average of the path slopes over that of their absolute values. `share` is 1 until the latter has fallen
-    below a tenth of its largest, and falls with it from there: the loss of data that is known by heart falls a little
-    along the path however large the step size is.
+    each step the step size is multiplied by `growth_factor ** (r + overshoot)`, where `r`, between -1 and 1, is the
+    average of the path slopes over that of their absolute values. An exponent above 0 is multiplied by
+    `path_size / least_path_size`, if that is below 1, where `path_size` is the geometric average of the absolute
+    values (which one bad batch cannot lift) as a share of its largest: the loss of data that is known by heart falls
+    a little along the path however large the step size is.
 
     Searches bound it: they probe the step size that it has come to, and multiply by `decrease_factor` until the
     smoothed decrease is at least `c` times the smoothed prediction, which is the step size times the smoothed slope.
@@ -41,6 +42,7 @@ class PathSearch(ArmijoLineSearch):
 
     Attributes:
         path_slope (`float`): The average of path slopes over that of their absolute values, in [-1, 1].
+        path_size (`float`): The geometric average of their absolute values as a share of its largest, in (0, 1].
         is_annealing (`bool`): Whether the schedule is below half of its peak.
         started (`bool`): Whether a first search has found a step size; before, no step is taken.
 
@@ -51,7 +53,7 @@ class PathSearch(ArmijoLineSearch):
 
     overshoot = 0.3  # with none the steps are too short where gradients are mostly noise
     path_decay = 0.9
-    least_path_size = 0.1  # of the largest, at which the step size is followed fully
+    least_path_size = 0.1
     first_share = 0.1
     least_first_probe = 0.1
     max_first_probes = 30  # downwards: to 2 ** -29 of the first
@@ -63,7 +65,8 @@ class PathSearch(ArmijoLineSearch):
         "smoothed_curvature",
         "smoothed_path_slope",
         "smoothed_path_size",
-        "largest_path_size",
+        "log_path_size",
+        "largest_log_path_size",
     )
 
     def __init__(
@@ -81,13 +84,18 @@ class PathSearch(ArmijoLineSearch):
         self.smoothed_curvature = 0.0
         self.smoothed_path_slope = 0.0
         self.smoothed_path_size = 0.0
-        self.largest_path_size = 0.0
+        self.log_path_size = self.largest_log_path_size = -math.inf
         self.is_annealing = False
 
     @property
     def path_slope(self) -> float:
         """The average of path slopes over that of their absolute values, 0.0 before there are any."""
         return self.smoothed_path_slope / self.smoothed_path_size if self.smoothed_path_size > 0 else 0.0
+
+    @property
+    def path_size(self) -> float:
+        """The geometric average of the path slopes' absolute values as a share of its largest, 1.0 before any."""
+        return math.exp(self.log_path_size - self.largest_log_path_size) if self.log_path_size > -math.inf else 1.0
 
     def heed_schedule(self, schedule: float) -> None:
         """Note whether the schedule anneals this step, in which case there is nothing to follow or to search.
@@ -108,10 +116,16 @@ class PathSearch(ArmijoLineSearch):
         share = 1 - self.path_decay
         self.smoothed_path_slope = self.path_decay * self.smoothed_path_slope + share * path_slope
         self.smoothed_path_size = self.path_decay * self.smoothed_path_size + share * abs(path_slope)
-        self.largest_path_size = max(self.largest_path_size, self.smoothed_path_size)
+        if path_slope != 0:
+            size = math.log(abs(path_slope))
+            last = size if self.log_path_size == -math.inf else self.log_path_size
+            self.log_path_size = self.path_decay * last + share * size
+            self.largest_log_path_size = max(self.largest_log_path_size, self.log_path_size)
         if self.started and self.smoothed_path_size > 0:
-            share_of_full = min(1.0, self.smoothed_path_size / (self.least_path_size * self.largest_path_size))
-            self.step_size *= self.growth_factor ** (share_of_full * (self.path_slope + self.overshoot))
+            exponent = self.path_slope + self.overshoot
+            if exponent > 0:
+                exponent *= min(1.0, self.path_size / self.least_path_size)
+            self.step_size *= self.growth_factor**exponent
             self.trial_step_size = self.step_size
 
     def is_due(self) -> bool:
@@ -150,8 +164,9 @@ class PathSearch(ArmijoLineSearch):
         found = 0.0
         if 0 < slope < math.inf:
             limit = max(self.largest_first_step_size, self.initial_step_size)
-            doublings = math.ceil(math.log2(self.least_first_probe / self.initial_step_size))
-            trial = self.initial_step_size * 2 ** max(doublings, 0)
+            trial = self.initial_step_size
+            while trial < self.least_first_probe:
+                trial *= 2
             if is_sufficient(trial):
                 found = trial
                 while 2 * found <= limit and is_sufficient(2 * found):

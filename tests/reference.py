@@ -54,7 +54,7 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
     w = w.clone()
     w_0 = w.bfloat16().double()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
-    eta, s, b, path, size, largest = start_size, 0.0, 0.0, 0.0, 0.0, 0.0
+    eta, s, b, path, size, sizes = start_size, 0.0, 0.0, 0.0, 0.0, []
     step_sizes, losses = [], []
     for k, lr in enumerate(lrs):
         w_grad = w.clone().requires_grad_()
@@ -68,8 +68,9 @@ def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, 
         if k > 0 and lr >= 0.5 * max(lrs[: k + 1]):
             slope = (g * (w_0 - w.bfloat16().double())).sum().item()
             path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
-            largest = max(largest, size)
-            eta *= growth_factor ** (min(1, 10 * size / largest) * (path / size + 0.3))
+            sizes.append(abs(slope) if not sizes else sizes[-1] ** 0.9 * abs(slope) ** 0.1)
+            x = path / size + 0.3
+            eta *= growth_factor ** (x * min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else x)
             first, a = eta, (g * d).sum().item()
             s = beta3 * s + (1 - beta3) * a
             while True:
