@@ -88,7 +88,7 @@ class FailureMonitor:
             smallest = self.last_step_size
             search = self.alsals.line_search
             if isinstance(search, PathSearch) and not search.started:
-                smallest = search.initial_step_size * 0.5 ** (search.max_first_probes - 1)
+                smallest = search.first_probe * 0.5 ** (search.max_first_probes - 1)
             found["smallest step size"] = (
                 f"no step size met the condition in {half} searches in a row, down to {smallest:.1e}: "
                 + (

@@ -289,7 +289,8 @@ class ALSALS(torch.optim.Optimizer):
             state_dict (`dict`): Another ALSALS optimizer's state, for the same parameters.
 
         Raises:
-            ValueError: If it is that of another optimizer or another `growth`, or its parameter groups do not match.
+            ValueError: If it is that of another optimizer, another `growth` or an earlier version, or its parameter
+                groups do not match.
         """
         group = state_dict["param_groups"][0]
         if "search_step_size" not in group:
@@ -297,6 +298,9 @@ class ALSALS(torch.optim.Optimizer):
         growth = "path" if "search_started" in group else "constant"
         if growth != self.growth:
             raise ValueError(f"growth must be {growth!r}, as in the state_dict, got {self.growth!r}.")
+        missing = [name for name in self.line_search.state_dict() if f"search_{name}" not in group]
+        if missing:
+            raise ValueError(f"state_dict must be of this version of hf_alsals, got one without {', '.join(missing)}.")
         search = {name: group[f"search_{name}"] for name in self.line_search.state_dict()}
         super().load_state_dict(state_dict)
         self.line_search.load_state_dict(search)

@@ -97,6 +97,14 @@ class PathSearch(ArmijoLineSearch):
         """The geometric average of the path slopes' absolute values as a share of its largest, 1.0 before any."""
         return math.exp(self.log_path_size - self.largest_log_path_size) if self.log_path_size > -math.inf else 1.0
 
+    @property
+    def first_probe(self) -> float:
+        """The step size of the first probe: `initial_step_size`, doubled until it is at least 0.1."""
+        step_size = self.initial_step_size
+        while step_size < self.least_first_probe:
+            step_size *= 2
+        return step_size
+
     def heed_schedule(self, schedule: float) -> None:
         """Note whether the schedule anneals this step, in which case there is nothing to follow or to search.
 
@@ -164,9 +172,7 @@ class PathSearch(ArmijoLineSearch):
         found = 0.0
         if 0 < slope < math.inf:
             limit = max(self.largest_first_step_size, self.initial_step_size)
-            trial = self.initial_step_size
-            while trial < self.least_first_probe:
-                trial *= 2
+            trial = self.first_probe
             if is_sufficient(trial):
                 found = trial
                 while 2 * found <= limit and is_sufficient(2 * found):

@@ -97,8 +97,8 @@ class AlsalsTrainerMixin:
         """Create the schedule; `"warmup_stable_decay"` needs no `lr_scheduler_kwargs`.
 
         Without `num_decay_steps` it falls from the end of `num_stable_steps` on, by default in the second half of what
-        comes after a warm-up, whatever the optimizer. With ours, or without `num_decay_steps`, it falls linearly to 0
-        unless `lr_scheduler_kwargs` say otherwise.
+        comes after a warm-up, whatever the optimizer. With an `optim` of ours, or without `num_decay_steps`, it falls
+        linearly to 0 unless `lr_scheduler_kwargs` say otherwise.
 
         Args:
             num_training_steps (`int`): Optimizer steps of the whole training.
@@ -112,8 +112,9 @@ class AlsalsTrainerMixin:
         is_ours = given.optim in PRESETS or "num_decay_steps" not in changes  # the Trainer refuses the latter
         if given.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and is_ours:
             steps = num_training_steps - given.get_warmup_steps(num_training_steps)
-            stable = changes.get("num_stable_steps", steps - steps // 2)
-            decay = {"num_decay_steps": max(steps - stable, 0), "decay_type": "linear"}
+            stable = changes.get("num_stable_steps")
+            decay_steps = steps // 2 if stable is None else max(steps - stable, 0)
+            decay = {"num_decay_steps": decay_steps, "decay_type": "linear"}
             self.args = copy.copy(given)  # the user's own may serve another training
             self.args.lr_scheduler_kwargs = decay | changes
         try:

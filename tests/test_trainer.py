@@ -206,6 +206,7 @@ COSINE_IN_FIVE = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 5)
         ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 2 / 3, 1 / 3]),
         ({"lr_scheduler_kwargs": {"num_decay_steps": 4}}, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
         ({"lr_scheduler_kwargs": {"num_stable_steps": 0}}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ({"lr_scheduler_kwargs": {"num_stable_steps": None}}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
         ({"lr_scheduler_kwargs": {"num_stable_steps": 8}}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]),
         ({"warmup_steps": 2, "lr_scheduler_kwargs": {"num_stable_steps": 6}}, [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5]),
         ({"lr_scheduler_kwargs": {"decay_type": "cosine"}}, [1, 1, 1, 1, 1, 1, *COSINE_IN_FIVE]),
@@ -229,15 +230,15 @@ def test_the_schedule_falls_in_the_second_half_unless_told_otherwise(settings, m
 
 @pytest.mark.parametrize(
     ("changes", "rates"),
-    [({}, [0.01, 0.01, 0.01, 0.005]), ({"num_decay_steps": 3}, [0.01, 0.01, 0.0075, 0.0025])],
+    [(None, [6, 6, 6, 6, 4, 2]), ({"num_decay_steps": 3}, [6, 6, 6, 6, 4.5, 1.5])],
     ids=["ours", "the Trainer's own"],
 )
 def test_adamw_takes_the_same_schedule_where_the_trainer_has_none(changes, rates, tmp_path):
-    settings = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "warmup_stable_decay"}
-    args = arguments(tmp_path, max_steps=4, lr_scheduler_kwargs=changes, **settings)
+    settings = {"optim": "adamw_torch", "learning_rate": 6e-4, "lr_scheduler_type": "warmup_stable_decay"}
+    args = arguments(tmp_path, max_steps=6, lr_scheduler_kwargs=changes, **settings)
     trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
     trainer.train()
-    assert [entry["learning_rate"] for entry in training_logs(trainer)] == pytest.approx(rates)
+    assert [1e4 * entry["learning_rate"] for entry in training_logs(trainer)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("preset", ["alsals", "salsa"])
