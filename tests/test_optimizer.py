@@ -954,12 +954,12 @@ def test_loading_the_state_of_another_optimizer_raises():
 
 
 def test_loading_the_state_of_an_earlier_version_raises():
-    state_dict = ALSALS([single([1.0])]).state_dict()
+    state_dict = hf_alsals.ALSALS([single([1.0])]).state_dict()
     del state_dict["param_groups"][0]["search_log_path_size"]
     with pytest.raises(
-        ValueError, match="state_dict must be of this version of hf_alsals, got one without log_path_size"
+        ValueError, match="of this version of hf_alsals, got one without log_path_size"
     ):
-        ALSALS([single([1.0])]).load_state_dict(state_dict)
+        hf_alsals.ALSALS([single([1.0])]).load_state_dict(state_dict)
 
 
 def test_loading_the_state_of_other_parameter_groups_raises():
