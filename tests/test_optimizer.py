@@ -956,9 +956,7 @@ def test_loading_the_state_of_another_optimizer_raises():
 def test_loading_the_state_of_an_earlier_version_raises():
     state_dict = hf_alsals.ALSALS([single([1.0])]).state_dict()
     del state_dict["param_groups"][0]["search_log_path_size"]
-    with pytest.raises(
-        ValueError, match="of this version of hf_alsals, got one without log_path_size"
-    ):
+    with pytest.raises(ValueError, match="of this version of hf_alsals, got one without log_path_size"):
         hf_alsals.ALSALS([single([1.0])]).load_state_dict(state_dict)
 
 
