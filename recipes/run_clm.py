@@ -47,7 +47,7 @@ from transformers import (
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.callbacks import StepSizeCallback
 
-# 0.9 M parameters: three epochs of the embedded text in two minutes on two CPU cores.
+# 0.9 M parameters: three epochs of the embedded text in some four minutes on a CPU core.
 SMALL_GPT2 = {
     "n_layer": 4,
     "n_head": 4,
