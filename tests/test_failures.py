@@ -48,7 +48,7 @@ def test_a_loss_that_rises_at_every_step_size_pins_it_at_the_smallest():
     assert f"{0.1 * 0.9**9 * 0.9**99:.1e}" in message
 
 
-@pytest.mark.parametrize(("initial_step_size", "first"), [(0.1, 0.1), (3.0, 3.0), (1e-6, 1e-6 * 2**17)])
+@pytest.mark.parametrize(("initial_step_size", "first"), [(0.1, 0.1), (0.7, 0.7), (1e-6, 1e-6 * 2**17)])
 def test_a_first_search_that_finds_nothing_is_named_by_where_it_looked(initial_step_size, first):
     w, closure = rising_loss()
     named = watch(ALSALS([w], initial_step_size=initial_step_size), lambda step: closure, 12)
