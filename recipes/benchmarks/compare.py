@@ -280,7 +280,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (task, optimizer, learning_rate), group in groups.items():
         row = {"task": task, "optimizer": optimizer, "learning_rate": learning_rate, "seeds": len(group)}
         flags = OPTIMIZERS[optimizer].partition("{")[0].strip()
-        row["is_earlier"] = any(flags not in one["command"] for one in group)
+        row["has_other_flags"] = any(flags not in one["command"] for one in group)
         for metric in ("eval_loss", "eval_accuracy", "eval_matthews_correlation"):
             values = [one["results"][metric] for one in group if metric in one["results"]]
             if values:
@@ -330,7 +330,7 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
             row = chosen_row(rows, task, optimizer)
             if row is None:
                 continue
-            name = f"{optimizer} (by other flags)" if row["is_earlier"] else optimizer
+            name = f"{optimizer} (by other flags)" if row["has_other_flags"] else optimizer
             rate = "none chosen"
             if row["learning_rate"] is not None:
                 rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
