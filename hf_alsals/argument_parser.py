@@ -53,9 +53,10 @@ class AlsalsArgumentParser(HfArgumentParser):
         if args and args[0].endswith((".yaml", ".yml", ".json")):
             args = self._flags_of(args[0]) + args[1:]
         try:
-            return self.parse_args_into_dataclasses(args=args)
+            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(args=args)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             self.error(" ".join(str(error).split()))
+        return parsed
 
     def _flags_of(self, path: str) -> list[str]:
         try:

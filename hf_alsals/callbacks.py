@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .hub import without_local_paths
-from .optimizer import ALSALS, PRESETS
+from .optimizer import unwrap_alsals
+from .presets import PRESETS
+from .publishing import without_local_paths
 from .training_args import defaults_of
 
 
@@ -33,6 +34,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         self.seconds = seconds
         self.settings: dict[str, Any] = {}
         self.c: float | None = None
+        self.growth_metrics: list[str] = []
         self.first_step = 0
         self.search_seconds = 0.0
         self.updated = ""
@@ -40,7 +42,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a report says beyond the logs, such as the settings and the time spent in searches."""
-        names = ("settings", "c", "first_step", "search_seconds", "updated")
+        names = ("settings", "c", "growth_metrics", "first_step", "search_seconds", "updated")
         return {"args": {"seconds": self.seconds}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(
@@ -51,10 +53,11 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note the settings that are not the default; the arguments are those of every Trainer callback."""
+        """Note the settings that are not the default."""
         optim = getattr(args.optim, "value", args.optim)
-        if (alsals := alsals_of(optimizer)) is not None:
-            self.c = alsals.line_search.c
+        if (alsals := unwrap_alsals(optimizer)) is not None:
+            search = alsals.line_search
+            self.c, self.growth_metrics = search.acceptance.c, list(search.growth.metrics(alsals.search.growth))
             optim = optim if optim in PRESETS else "ALSALS"  # given to the Trainer as an object
         defaults = {one.name: None if one.default is MISSING else one.default for one in fields(args)}
         defaults |= defaults_of(optim)
@@ -71,12 +74,12 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks["StepSizeCallback"] = self.state()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the logs if it is time; the arguments are those of every Trainer callback."""
+        """Write the logs if it is time."""
         if time.monotonic() - self._last_update >= self.seconds:
             self._write_state(args, state, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw the picture; the arguments are those of every Trainer callback."""
+        """Draw the picture."""
         if state.is_world_process_zero:
             name = os.path.basename(os.path.abspath(args.output_dir))
             title = f"{name}: {self.settings.get('optim', 'optimizer not recorded')}"
@@ -85,7 +88,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the logs and draw the picture; the arguments are those of every Trainer callback."""
+        """Write the logs and draw the picture."""
         self._write_state(args, state, **kwargs)
         self.on_save(args, state, control)
 
@@ -93,7 +96,7 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         self._last_update = time.monotonic()
         if not state.is_world_process_zero:
             return
-        if (alsals := alsals_of(optimizer)) is not None:
+        if (alsals := unwrap_alsals(optimizer)) is not None:
             self.search_seconds = alsals.search_seconds
         self.updated = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         state.stateful_callbacks["StepSizeCallback"] = self.state()
@@ -102,12 +105,6 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         path = os.path.join(args.output_dir, TRAINER_STATE_NAME)
         shown.save_to_json(path + ".part")
         os.replace(path + ".part", path)  # whoever reads it meanwhile reads a whole one
-
-
-def alsals_of(optimizer: Any) -> ALSALS | None:
-    """Return the [`ALSALS`] in what a Trainer callback is given as `optimizer`, if it is one."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, ALSALS) else None
 
 
 def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> None:

@@ -1,233 +1,209 @@
-"""Adam's direction: its slope, and the moves along it."""
+"""The direction of an optimizer step: what all directions share. See adam.py for Adam's."""
 
-import functools
-import math
-from collections.abc import Iterator
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from .shards import cut, grad_of, piece_size, sum_over_shards
 
 
 @dataclass
 class Chunk:
-    """Small parameters, or a part of a large one, that are worked on at once.
+    """Small parameters of one group, or pieces of a large one, that are worked on at once.
 
     Args:
+        group (`dict`): The parameter group.
         owners (`list[Tensor]`): The parameter that each piece belongs to.
-        params, grads, exp_avgs, exp_avg_sqs (`list[Tensor]`): The pieces of parameters, gradients and moments.
-        bias_corrections (`list[tuple[float, float]]`): Of each piece, `1 - beta1 ** step` and `1 - beta2 ** step`.
-        starts (`list[Tensor]`): The start point of a search, in the memory of the gradients if they are of one dtype.
+        params, grads (`list[Tensor]`): The pieces of parameters and gradients.
+        buffers (`dict[str, list[Tensor]]`): The pieces of each state tensor, by its name.
+        steps (`list[float]`): How many updates each piece has seen, this one included.
+        multipliers (`list[float]`): The multiplier of the step size of each piece.
+        starts (`list[Tensor]`): Where the pieces were at `save`; empty before.
     """
 
+    group: dict[str, Any]
     owners: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    bias_corrections: list[tuple[float, float]] = field(default_factory=list)
+    buffers: dict[str, list[Tensor]] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    multipliers: list[float] = field(default_factory=list)
     starts: list[Tensor] = field(default_factory=list)
 
+    def grads_like(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Return the gradients in the dtypes of some buffers."""
+        return [grad.to(buffer.dtype) for grad, buffer in zip(self.grads, buffers)]
 
-class AdamDirection:
-    """Adam's direction for the parameters of one group: `d = m / (sqrt(v) + eps)`, moments without their bias.
 
-    Creating it updates the moments with the gradients (Kingma and Ba, arXiv 1412.6980, Algorithm 1). The arithmetic is
-    that of `torch.optim.AdamW`, operation for operation. Of a DTensor it moves the local shard. The start point of a
-    search is kept in the memory of the gradients, so that a search needs no memory beyond that of Adam's step.
+class Direction:
+    """The direction `d` of an optimizer step: weights move along `-d`, whose slope is `<g, d>`.
+
+    Creating one changes nothing. `update` takes the gradients into the state, and all else comes after it. A subclass
+    names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the direction
+    is
+    (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or float16
+    moments stall or underflow. Of a DTensor the local shard is moved.
 
     Args:
-        params (`list[Tensor]`): Parameters with gradients.
-        states (`list[dict]`): Their optimizer states, which hold `step`, `exp_avg` and `exp_avg_sq` or are empty.
-        betas (`tuple[float, float]`): Decay of the two moments.
-        eps (`float`): Term added to the denominator.
+        param_groups (`list[dict]`): The optimizer's parameter groups. `lr` and `weight_decay` are read here, the rest
+            by the subclass. Parameters without a gradient are left out.
+        state (`MutableMapping[Tensor, dict]`): The optimizer's state of each parameter.
+
+    Attributes:
+        params (`list[Tensor]`): The parameters with a gradient.
+        multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
+            it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
+
+    Raises:
+        RuntimeError: If a gradient is sparse.
     """
 
-    def __init__(
-        self, params: list[Tensor], states: list[dict[str, Any]], betas: tuple[float, float], eps: float
-    ) -> None:
-        beta1, beta2 = betas
-        self.params = params
-        self.eps = eps
-        self.chunks = [Chunk()]
-        size = 0
-        for p, state in zip(params, states):
-            if "step" not in state:
-                # Moments of bfloat16 and float16 parameters would stall or underflow in their own dtype.
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] += 1
-            step = state["step"].item()
-            for pieces in _cut((p, p.grad, state["exp_avg"], state["exp_avg_sq"])):
-                size += pieces[0].numel()
-                if size > _chunk_size(p) and self.chunks[-1].params:
-                    self.chunks.append(Chunk())
-                    size = pieces[0].numel()
-                chunk = self.chunks[-1]
-                chunk.owners.append(p)
-                chunk.bias_corrections.append((1 - beta1**step, 1 - beta2**step))
-                for column, piece in zip((chunk.params, chunk.grads, chunk.exp_avgs, chunk.exp_avg_sqs), pieces):
-                    column.append(piece)
-        for chunk in self.chunks:
-            grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(chunk.grads, chunk.exp_avgs)]
-            torch._foreach_lerp_(chunk.exp_avgs, grads, 1 - beta1)
-            torch._foreach_mul_(chunk.exp_avg_sqs, beta2)
-            torch._foreach_addcmul_(chunk.exp_avg_sqs, grads, grads, 1 - beta2)
+    buffer_names: ClassVar[tuple[str, ...]] = ()
 
-    def slope(self) -> Tensor:
-        """Return the inner product of the gradients and the direction, the decrease of the loss per unit of step."""
-        return self._inner_product(with_momentum=True)
+    def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+        self.state = state
+        self.params: list[Tensor] = [p for group in param_groups for p in group["params"] if p.grad is not None]
+        self.multipliers: dict[Tensor, float] = {}
+        self._chunks: list[list[Chunk]] = []
+        if any(grad_of(p).is_sparse for p in self.params):
+            raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
 
-    def preconditioned_slope(self) -> Tensor:
-        """Return the slope along the direction without momentum, the sum of `g ** 2 / (sqrt(v) + eps)`."""
-        return self._inner_product(with_momentum=False)
+    def accumulate(self, chunk: Chunk) -> None:
+        """Take the gradients of a chunk into its buffers."""
+        raise NotImplementedError
 
-    def remember(self) -> None:
-        """Note where the parameters are, in the memory of the gradients; `.grad` is `None` from then on."""
-        for chunk in self.chunks:
-            chunk.starts = [
-                grad.copy_(p) if grad.dtype == p.dtype else p.clone() for grad, p in zip(chunk.grads, chunk.params)
-            ]
-        for p in self.params:
-            p.grad = None  # no gradient any more, even where a probe raises
-
-    def restore(self) -> None:
-        """Put the parameters back, to the bit, to where they were at the last `remember()`."""
-        for chunk in self.chunks:
-            if chunk.starts:
-                torch._foreach_copy_(chunk.params, chunk.starts)
-
-    def move(self, step_size: float, decay: float = 0.0) -> None:
-        """Move the parameters by `step_size` times the direction, downhill.
-
-        They start from where they were at the last `remember()`, if there was one, else from where they are.
+    def tensors(self, chunk: Chunk, momentum: bool = True) -> list[Tensor]:
+        """Return the direction of a chunk times its divisors.
 
         Args:
-            step_size (`float`): The step size.
-            decay (`float`, defaults to 0.0): The share of themselves that the parameters lose first (AdamW's weight
-                decay).
+            chunk (`Chunk`): The chunk, after `accumulate`.
+            momentum (`bool`, defaults to `True`): Whether the momentum of earlier gradients is part of it.
         """
-        for chunk in self.chunks:
+        raise NotImplementedError
+
+    def divisors(self, chunk: Chunk, momentum: bool = True) -> list[float]:
+        """Return what each of `tensors` is to be divided by, such as a bias correction; by default 1.0."""
+        return [1.0] * len(chunk.params)
+
+    def add(self, chunk: Chunk, factors: list[float]) -> None:
+        """Add `tensors`, each times a factor, to the parameters of a chunk."""
+        torch._foreach_add_(chunk.params, torch._foreach_mul(self.tensors(chunk), factors))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether `save` has noted where the parameters are."""
+        return any(chunk.starts for chunk in self._all_chunks())
+
+    def update(self) -> None:
+        """Take the gradients into the state."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            chunks = self._cut(group, params)
+            for chunk in chunks:
+                self.accumulate(chunk)
+            if chunks:
+                self._chunks.append(chunks)
+
+    def slope(self, momentum: bool = True) -> list[Tensor]:
+        """Return the parts of `<g, d>`, a scalar for each parameter group that has gradients.
+
+        Args:
+            momentum (`bool`, defaults to `True`): Whether the momentum of earlier gradients is part of `d`; without,
+                it is the preconditioned slope of arXiv 2407.20650.
+        """
+        return [self._inner_product(chunks, momentum) for chunks in self._chunks]
+
+    def save(self, keep_grads: bool = False) -> None:
+        """Note where the parameters are.
+
+        Args:
+            keep_grads (`bool`, defaults to `False`): Whether to leave the gradients alone. Otherwise the note is
+                written into their memory, and `.grad` is `None` from then on, even where a probe raises.
+        """
+        for chunk in self._all_chunks():
+            chunk.starts = [
+                p.clone() if keep_grads or grad.dtype != p.dtype else grad.copy_(p)
+                for grad, p in zip(chunk.grads, chunk.params)
+            ]
+        for p in () if keep_grads else self.params:
+            p.grad = None
+
+    def restore(self) -> None:
+        """Put the parameters back, to the bit, to where they were at `save`, if they were saved."""
+        for chunk in self._all_chunks():
             if chunk.starts:
                 torch._foreach_copy_(chunk.params, chunk.starts)
-            if decay != 0:
-                torch._foreach_mul_(chunk.params, 1 - decay)
-            factors = [-step_size / correction for correction, _ in chunk.bias_corrections]
-            torch._foreach_addcdiv_(chunk.params, chunk.exp_avgs, self._denominators(chunk), factors)
 
-    def _denominators(self, chunk: Chunk) -> list[Tensor]:
-        denominators = torch._foreach_sqrt(chunk.exp_avg_sqs)
-        torch._foreach_div_(denominators, [correction**0.5 for _, correction in chunk.bias_corrections])
-        torch._foreach_add_(denominators, self.eps)
-        return denominators
+    def move(self, step_size: float) -> None:
+        """Move the parameters to `w - step_size * d`, from where they were at `save` or, without one, are.
 
-    def _inner_product(self, with_momentum: bool) -> Tensor:
+        Args:
+            step_size (`float`): The step size, before the learning rates of the groups.
+        """
+        for chunk in self._all_chunks():
+            self._move(chunk, step_size, decay=0.0)
+
+    def step(self, step_size: float) -> None:
+        """Take the optimizer step: `step_size` times each group's `lr`, with its decoupled weight decay.
+
+        Args:
+            step_size (`float`): The step size, before the learning rates of the groups.
+        """
+        for chunk in self._all_chunks():
+            scaled = chunk.group["lr"] * step_size
+            self._move(chunk, scaled, decay=scaled * chunk.group["weight_decay"])
+
+    def _all_chunks(self) -> list[Chunk]:
+        return [chunk for chunks in self._chunks for chunk in chunks]
+
+    def _cut(self, group: dict[str, Any], params: list[Tensor]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        size = 0
+        for p in params:
+            state = self.state[p]
+            if "step" not in state:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                state["step"] = torch.tensor(0.0)
+                for name in self.buffer_names:
+                    state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state["step"] += 1
+            step = state["step"].item()
+            for piece, grad, *buffers in cut(p, grad_of(p), *(state[name] for name in self.buffer_names)):
+                size += piece.numel()
+                if not chunks or (size > piece_size(p) and chunks[-1].params):
+                    chunks.append(Chunk(group, buffers={name: [] for name in self.buffer_names}))
+                    size = piece.numel()
+                chunk = chunks[-1]
+                chunk.owners.append(p)
+                chunk.params.append(piece)
+                chunk.grads.append(grad)
+                chunk.steps.append(step)
+                chunk.multipliers.append(self.multipliers.get(p, 1.0))
+                for name, buffer in zip(self.buffer_names, buffers, strict=True):
+                    chunk.buffers[name].append(buffer)
+        return chunks
+
+    def _inner_product(self, chunks: list[Chunk], momentum: bool) -> Tensor:
         products: list[Tensor] = []
-        for chunk in self.chunks:
-            grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(chunk.grads, chunk.exp_avgs)]
-            directions = torch._foreach_div(chunk.exp_avgs if with_momentum else grads, self._denominators(chunk))
-            products += [
-                torch.dot(grad.flatten(), direction.flatten()) / (correction if with_momentum else 1.0)
-                for grad, direction, (correction, _) in zip(grads, directions, chunk.bias_corrections)
-            ]
-        return sum_over_shards(products, [owner for chunk in self.chunks for owner in chunk.owners])
+        for chunk in chunks:
+            tensors = self.tensors(chunk, momentum)
+            for grad, tensor, divisor, multiplier in zip(
+                chunk.grads_like(tensors), tensors, self.divisors(chunk, momentum), chunk.multipliers
+            ):
+                product = torch.dot(grad.flatten(), tensor.flatten()) / divisor
+                products.append(product if multiplier == 1.0 else product * multiplier)
+        return sum_over_shards(products, [owner for chunk in chunks for owner in chunk.owners])
 
-
-def path_slope(params: list[Tensor], states: list[dict[str, Any]]) -> Tensor:
-    """Return the inner product of the gradients and the way back to the start of training, a scalar.
-
-    The start is kept in bfloat16, so the parameters are rounded to it too: a weight that has not moved is at the start
-    then, and what rounding does to all that have moved adds up to nothing.
-
-    Args:
-        params (`list[Tensor]`): Parameters with gradients.
-        states (`list[dict]`): Their optimizer states, which hold the parameters of the start as `start`.
-    """
-    products, owners = [], []
-    for p, state in zip(params, states):
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        for piece, grad, start in _cut((p, p.grad, state["start"])):
-            way = start.to(dtype) - piece.to(start.dtype)
-            products.append(torch.dot(way.flatten(), grad.to(dtype).flatten()))
-            owners.append(p)
-    return sum_over_shards(products, owners)
-
-
-def _chunk_size(tensor: Tensor) -> int:
-    # Few enough elements for a CPU's cache, enough for a GPU to be busy.
-    return 2**18 if tensor.device.type == "cpu" else 2**22
-
-
-def _cut(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    tensors = tuple(local_shard(tensor) for tensor in tensors)
-    count, limit = tensors[0].numel(), _chunk_size(tensors[0])
-    if count <= limit or not all(tensor.is_contiguous() for tensor in tensors):
-        yield tensors
-        return
-    flat = [tensor.view(-1) for tensor in tensors]
-    for begin in range(0, count, limit):
-        yield tuple(tensor[begin : begin + limit] for tensor in flat)
-
-
-def zero_if_finite(params: list[Tensor]) -> Tensor:
-    """Return 0 if every element of every gradient is finite, on all shards, else NaN, a scalar.
-
-    Args:
-        params (`list[Tensor]`): Parameters with gradients.
-    """
-    pieces = [(p, piece) for p in params for (piece,) in _cut((p.grad,)) if piece.numel() > 0]
-    # The norm is one kernel for many tensors on a GPU, and takes 18 times as long as aminmax on a CPU.
-    ends = [(p, end) for p, piece in pieces if piece.device.type == "cpu" for end in torch.aminmax(piece)]
-    others = [(p, piece) for p, piece in pieces if piece.device.type != "cpu"]
-    if others:
-        norms = torch._foreach_norm([piece for _, piece in others], math.inf)
-        ends += [(p, norm) for (p, _), norm in zip(others, norms, strict=True)]
-    return sum_over_shards([(0 * end).float() for _, end in ends], [p for p, _ in ends])
-
-
-def sum_over_shards(values: list[Tensor], params: list[Tensor]) -> Tensor:
-    """Return the sum of one scalar for each parameter, over all shards of each, on the device of the first.
-
-    Args:
-        values (`list[Tensor]`): Scalars, each computed from the local shard of a parameter.
-        params (`list[Tensor]`): The parameters, some of which may be DTensors.
-    """
-    by_layout: dict[Any, list[Tensor]] = {}
-    for value, p in zip(values, params):
-        layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, p.device)
-        by_layout.setdefault(layout, []).append(value)
-    sums = []
-    for (mesh, placements), parts in by_layout.items():
-        part = torch.stack(parts).sum()
-        if mesh is not None:
-            partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
-        sums.append(part)
-    return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
-
-
-def read(values: list[Tensor | float]) -> list[float]:
-    """Return scalars as numbers, with one host wait for all that are on one device.
-
-    Args:
-        values (`list[Tensor | float]`): Scalars of any shape with one element, or numbers.
-    """
-    numbers = dict(enumerate(values))
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in numbers.items():
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(i)
-    for indices in by_device.values():
-        dtype = functools.reduce(torch.promote_types, (values[i].dtype for i in indices))
-        together = torch.stack([values[i].detach().reshape(()).to(dtype) for i in indices])
-        numbers.update(zip(indices, together.tolist(), strict=True))
-    return [float(number) for number in numbers.values()]
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Return the part of a DTensor that this process has; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def _move(self, chunk: Chunk, step_size: float, decay: float) -> None:
+        if chunk.starts:
+            torch._foreach_copy_(chunk.params, chunk.starts)
+        if decay != 0:
+            torch._foreach_mul_(chunk.params, 1 - decay)
+        factors = [
+            -step_size * multiplier / divisor for multiplier, divisor in zip(chunk.multipliers, self.divisors(chunk))
+        ]
+        self.add(chunk, factors)

@@ -10,50 +10,36 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .callbacks import alsals_of
-from .direction import AdamDirection, local_shard, read
-from .optimizer import ALSALS
+from .line import Line
+from .optimizer import ALSALS, unwrap_alsals
+from .shards import local_shard
 
 
 class LineProfile:
     """The line of an optimizer step that is about to be taken, for losses at many step sizes on it.
 
-    Neither weights nor gradients nor the optimizer are changed by it. It holds two copies of the weights.
+    Neither weights nor gradients nor the optimizer are changed by it. It holds a copy of the weights and of the state.
 
     Args:
         alsals (`ALSALS`): The optimizer, with gradients in place.
+        closure (`Callable[[], Tensor]`): Returns the loss of the step's batch, a scalar, without a backward pass.
         clip_coef (`Tensor` or `float`, defaults to 1.0): What clipping multiplied the gradients by.
 
     Attributes:
         slope (`float`): The slope of the batch that the gradients came from.
-        start, direction (`list[Tensor]`): The weights before the step, and the direction that is subtracted from them.
     """
 
     @torch.no_grad()
-    def __init__(self, alsals: ALSALS, clip_coef: Tensor | float = 1.0) -> None:
-        self.params: list[Tensor] = []
-        self.direction: list[Tensor] = []
-        slopes = []
-        for group in alsals.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            twins = [p.detach().clone() for p in params]
-            for p, twin in zip(params, twins):
-                twin.grad = p.grad.clone()
-            names = ("step", "exp_avg", "exp_avg_sq")
-            states: list[dict[str, Any]] = [
-                {name: alsals.state[p][name].clone() for name in names if name in alsals.state[p]} for p in params
-            ]
-            direction = AdamDirection(twins, states, group["betas"], group["eps"])
-            slopes.append(direction.slope())
-            for twin in twins:
-                twin.zero_()
-            direction.move(-1.0)  # from zero by minus one: the direction itself
-            self.params += [local_shard(p.detach()) for p in params]
-            self.direction += [local_shard(twin) for twin in twins]
-        self.start = [p.clone() for p in self.params]
-        self.slope = sum(read(slopes)) / float(clip_coef)
+    def __init__(self, alsals: ALSALS, closure: Callable[[], Tensor | float], clip_coef: Tensor | float = 1.0) -> None:
+        state = {
+            p: {name: value.clone() for name, value in alsals.state.get(p, {}).items()}
+            for group in alsals.param_groups
+            for p in group["params"]
+        }
+        self._direction = alsals.direction(alsals.param_groups, state)
+        self._direction.update()
+        self.slope = Line(self._direction, closure, math.nan, float(clip_coef)).slope
+        self._direction.save(keep_grads=True)
 
     @torch.no_grad()
     def losses(self, closure: Callable[[], Tensor | float], step_sizes: list[float]) -> list[float]:
@@ -63,17 +49,13 @@ class LineProfile:
             closure (`Callable[[], Tensor]`): Returns the loss of a batch, a scalar, without a backward pass.
             step_sizes (`list[float]`): The step sizes.
         """
-        present = [p.clone() for p in self.params]
-        losses = []
+        params = [local_shard(p) for p in self._direction.params]
+        present = [p.clone() for p in params]
+        line = Line(self._direction, closure, math.nan)
         try:
-            for step_size in step_sizes:
-                torch._foreach_copy_(self.params, self.start)
-                torch._foreach_add_(self.params, self.direction, alpha=-step_size)
-                torch.clear_autocast_cache()
-                losses.append(read([closure()])[0])
+            return [line.probe(step_size) for step_size in step_sizes]
         finally:
-            torch._foreach_copy_(self.params, present)
-        return losses
+            torch._foreach_copy_(params, present)
 
 
 class LineProfileCallback(TrainerCallback):
@@ -104,7 +86,7 @@ class LineProfileCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot be profiled; the arguments are those of every Trainer callback."""
+        """Refuse what cannot be profiled."""
         self._line = None
         if args.fp16 and not args.max_grad_norm:  # gradients are unscaled when they are clipped
             raise ValueError(f"LineProfileCallback needs max_grad_norm > 0 under fp16, got {args.max_grad_norm}.")
@@ -118,16 +100,16 @@ class LineProfileCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Measure the line of this step, and that of the step before on this step's batch."""
-        alsals = alsals_of(optimizer)
-        closure, _, clip_coef = alsals.handed_over if alsals is not None else (None, None, 1.0)
-        if closure is None:
+        alsals = unwrap_alsals(optimizer)
+        if alsals is None or alsals.pending.closure is None:
             return
+        closure = alsals.pending.closure
         if self._line is not None:
             self._profile["next_losses"] = self._line.losses(closure, self._profile["step_sizes"])
             self._write(args, state)
         if (state.global_step + 1) % self.every:
             return
-        line = LineProfile(alsals, clip_coef)
+        line = LineProfile(alsals, closure, alsals.pending.clip_coef)
         if not math.isfinite(line.slope):  # a step that is going to be skipped
             return
         exponents = torch.linspace(-2, 2, self.points, dtype=torch.float64).tolist()
@@ -138,7 +120,7 @@ class LineProfileCallback(TrainerCallback):
         self._line = line
         self._profile = {
             "step": state.global_step + 1,
-            "c": alsals.line_search.c,
+            "c": alsals.line_search.acceptance.c,
             "slope": line.slope,
             "lr_multiplier": alsals.param_groups[0]["lr"],
             "best_step_size": min(zip(losses, step_sizes), key=lambda pair: (math.isnan(pair[0]), pair[0]))[1],
@@ -155,9 +137,9 @@ class LineProfileCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note the step that was taken; the arguments are those of every Trainer callback."""
-        if self._line is not None:
-            self._profile["accepted_step_size"] = alsals_of(optimizer).step_size * self._profile["lr_multiplier"]
+        """Note the step that was taken."""
+        if self._line is not None and (alsals := unwrap_alsals(optimizer)) is not None:
+            self._profile["accepted_step_size"] = alsals.step_size * self._profile["lr_multiplier"]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

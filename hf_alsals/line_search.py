@@ -1,216 +1,337 @@
-"""The line search: numbers in, a step size out. No tensors, no model, no torch."""
+"""The line search: growth, acceptance and interval, composed. Numbers in, a step size out. No torch."""
 
 import math
-from collections.abc import Callable
-from numbers import Real
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Protocol
+
+from .acceptance import Acceptance
+from .checks import check_number
+from .growth import Growth
+from .initial_search import InitialSearch
+from .interval import Interval, IntervalState, interval_of
 
 
-def check_number(name: str, value: Any, valid: Callable[[float], bool], expected: str) -> None:
-    """Raise unless an argument is a valid number.
-
-    Args:
-        name (`str`): The argument's name, for the message.
-        value (`Any`): What was passed.
-        valid (`Callable[[float], bool]`): Whether a number is in range.
-        expected (`str`): What the range is in words, for the message.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}.")
-    if not valid(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
-
-
-class ArmijoLineSearch:
-    """Backtracking line search on the smoothed Armijo condition `h(eta) >= c * eta * s` (ALSALS, arXiv 2403.18519).
-
-    `s` is the moving average of the slope and `h` that of the loss decrease. A search probes the loss at the last
-    accepted step size times `growth_factor` and multiplies by `decrease_factor` until the condition holds, or two
-    probes in a row show the loss at step size 0, to the bit: a still smaller step would not show either.
-
-    Args:
-        c (`float`, defaults to 0.3): Share of the predicted decrease that must be reached, in (0, 1).
-        beta3 (`float`, defaults to 0.99): Decay of both moving averages, in [0, 1); 0 is the plain Armijo condition.
-        growth_factor (`float`, defaults to 1.01): Growth of the step size from one search to the next, at least 1.
-        decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
-        initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
-        search_interval (`int` or `"adaptive"`, defaults to 1): Steps from one search to the next. `"adaptive"`
-            searches the more often the more the step size moves, at least every 10 steps (SaLSA, arXiv 2407.20650).
-
-    Attributes:
-        step_size (`float`): The step size that the last search ended at; `initial_step_size` before the first.
-        slope, decrease, prediction (`float`): Slope, loss decrease and predicted decrease (step size times slope) of
-            the last search, unsmoothed; 0.0 before the first.
-        armijo_ratio (`float`): Decrease over prediction of the last search, which the condition holds against `c`.
-        probes (`int`), searched (`bool`): Probes of the last optimizer step, and whether it searched at all.
-        accepted (`bool`): Whether the last search ended at a step size with sufficient decrease.
-        total_probes (`int`): Probes of all optimizer steps.
-
-    Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If an argument is outside the range given above.
-    """
-
-    _state = (
-        "step_size",
-        "trial_step_size",
-        "smoothed_slope",
-        "smoothed_decrease",
-        "fast_step_size",
-        "slow_step_size",
-        "steps_until_search",
-        "slope",
-        "decrease",
-        "prediction",
-        "total_probes",
-    )
-
-    max_probes = 100  # as in the authors' code: 0.9 ** 100 shrinks a step size to 3e-5 of itself
-
-    def __init__(
-        self,
-        c: float = 0.3,
-        beta3: float = 0.99,
-        growth_factor: float = 1.01,
-        decrease_factor: float = 0.9,
-        initial_step_size: float = 0.1,
-        search_interval: int | Literal["adaptive"] = 1,
-    ) -> None:
-        check_number("c", c, lambda x: 0 < x < 1, "a number in (0, 1)")
-        check_number("beta3", beta3, lambda x: 0 <= x < 1, "a number in [0, 1)")
-        check_number("growth_factor", growth_factor, lambda x: 1 <= x < math.inf, "a finite number of at least 1")
-        check_number("decrease_factor", decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)")
-        check_number("initial_step_size", initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number")
-        if search_interval != "adaptive":
-            if isinstance(search_interval, (bool, float)) or not isinstance(search_interval, (int, str)):
-                raise TypeError(f'search_interval must be an int or "adaptive", got {search_interval!r}.')
-            if isinstance(search_interval, str) or search_interval < 1:
-                raise ValueError(f'search_interval must be at least 1 or "adaptive", got {search_interval!r}.')
-        self.c = c
-        self.beta3 = beta3
-        self.growth_factor = growth_factor
-        self.decrease_factor = decrease_factor
-        self.initial_step_size = initial_step_size
-        self.search_interval = search_interval
-
-        self.step_size = float(initial_step_size)
-        self.trial_step_size = float(initial_step_size)
-        self.smoothed_slope = 0.0
-        self.smoothed_decrease = 0.0
-        self.fast_step_size = 0.0
-        self.slow_step_size = 0.0
-        self.steps_until_search = 0
-        self.slope = 0.0
-        self.decrease = 0.0
-        self.prediction = 0.0
-        self.probes = 0
-        self.searched = False
-        self.accepted = True
-        self.total_probes = 0
+class SearchLine(Protocol):
+    """What a search knows of the loss along the direction; [`Line`] is one."""
 
     @property
-    def armijo_ratio(self) -> float:
-        """The decrease of the last search over its prediction, NaN where the prediction is 0."""
-        return self.decrease / self.prediction if self.prediction != 0 else math.nan
+    def loss(self) -> float:
+        """The loss at step size 0."""
 
-    def is_due(self) -> bool:
-        """Return whether the next optimizer step is one that searches."""
-        return self.steps_until_search <= 0
+    @property
+    def slope(self) -> float:
+        """The decrease of the loss per unit of step size at step size 0."""
 
-    def search(self, loss: float, slope: float, probe: Callable[[float], float]) -> float:
-        """Find the step size of this optimizer step (Algorithm 1 of arXiv 2403.18519).
+    def probe(self, step_size: float) -> float:
+        """Return the loss at a step size."""
 
-        Nothing of the search changes when `probe` raises.
+
+@dataclass(frozen=True)
+class SearchState:
+    """All that a line search carries from one optimizer step to the next, and so what a checkpoint has of it.
+
+    Logs name `actual_reduction` `decrease`, and `reduction_ratio` `armijo_ratio`.
+
+    Args:
+        step_size (`float`): The step size found so far; the initial one before the first search.
+        is_initialized (`bool`): Whether an [`InitialSearch`] has found a step size, or there is none to do it.
+        growth, acceptance (`Any`), interval (`IntervalState`): The states of the parts.
+        taken (`float`): The step size to take at this optimizer step: `step_size`, or 0.0 where a search found none
+            that lowers the loss.
+        searched (`bool`), probes (`int`): Whether this optimizer step searched, and its probes.
+        nonfinite_probes (`int`): How many of them gave a loss that is not finite.
+        accepted (`bool`): Whether the last search ended at a step size with sufficient decrease.
+        slope, actual_reduction, predicted_reduction (`float`): Of the last search, unsmoothed, in units of the loss;
+            the predicted one is step size times slope.
+        smallest_probe (`float`): The smallest step size that the last search probed.
+        total_probes (`int`): Probes of all optimizer steps.
+        is_annealing (`bool`): Whether the schedule alone sets the step, and nothing is followed or searched.
+    """
+
+    step_size: float
+    is_initialized: bool
+    growth: Any
+    acceptance: Any
+    interval: IntervalState
+    taken: float = 0.0
+    searched: bool = False
+    probes: int = 0
+    nonfinite_probes: int = 0
+    accepted: bool = True
+    slope: float = 0.0
+    actual_reduction: float = 0.0
+    predicted_reduction: float = 0.0
+    smallest_probe: float = 0.0
+    total_probes: int = 0
+    is_annealing: bool = False
+
+    @property
+    def reduction_ratio(self) -> float:
+        """Actual over predicted reduction of the last search, NaN where the prediction is 0."""
+        return self.actual_reduction / self.predicted_reduction if self.predicted_reduction != 0 else math.nan
+
+
+@dataclass(frozen=True)
+class LineSearch:
+    """Backtracking line search (arXiv 2403.18519, Algorithm 1), composed of its parts.
+
+    A search probes the step size that `growth` says, then `decrease_factor` times that, and so on, until `acceptance`
+    holds, or two probes in a row show the loss at step size 0, to the bit: a still smaller step would not show either.
+
+    It is a value: `step` takes a state and returns the next one, so that nothing has moved where a probe raises.
+
+    Args:
+        growth (`Growth`): How the step size grows from step to step.
+        acceptance (`Acceptance`): Which step sizes are accepted.
+        interval (`Interval`): When to search.
+        initial_search (`InitialSearch`, *optional*): How the first step size is found. Without, the first search is
+            one like the others.
+        decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
+        initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
+        least_shrinkage (`float`, *optional*): A search ends once another rejection would bring the step size below
+            this share of its start. Without, it ends after 100 probes: 0.9 ** 100 is 3e-5, as in the authors' code.
+        retry_rejected (`bool`, defaults to `True`): Whether a search that accepted no step size is followed by another
+            one at the next optimizer step. If not, only where a loss was not finite.
+
+    Raises:
+        TypeError: If a number is not one.
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> from hf_alsals.acceptance import ArmijoCondition
+        >>> from hf_alsals.growth import ConstantGrowth
+        >>> from hf_alsals.interval import EverySteps
+        >>> class Quadratic:  # f(w) = w ** 2 at w = 1 along the direction 1
+        ...     loss, slope = 1.0, 2.0
+        ...     def probe(self, step_size):
+        ...         return (1 - step_size) ** 2
+        >>> search = LineSearch(ConstantGrowth(), ArmijoCondition(beta3=0.0), EverySteps(), initial_step_size=4.0)
+        >>> state = search.step(search.init(), Quadratic())
+        >>> round(state.taken, 3), state.probes  # 0.3 is met up to a step size of 1.4
+        (1.395, 11)
+    """
+
+    growth: Growth
+    acceptance: Acceptance
+    interval: Interval
+    initial_search: InitialSearch | None = None
+    decrease_factor: float = 0.9
+    initial_step_size: float = 0.1
+    least_shrinkage: float | None = None
+    retry_rejected: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("decrease_factor", self.decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)")
+        check_number(
+            "initial_step_size", self.initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number"
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, with their values: the fields of the parts and two numbers of the search itself."""
+        parts = (self.acceptance, self.growth, self.interval)
+        of_parts = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+        return of_parts | {"decrease_factor": self.decrease_factor, "initial_step_size": self.initial_step_size}
+
+    def with_options(self, **options: Any) -> "LineSearch":
+        """Return a line search with some options changed.
 
         Args:
-            loss (`float`): Loss at step size 0.
-            slope (`float`): Decrease of the loss per unit of step size at step size 0. One that is not finite is left
-                out of the average.
-            probe (`Callable[[float], float]`): Returns the loss at a step size. A non-finite loss rejects it.
+            options: Values by the names of `options`.
 
-        Returns:
-            `float`: The accepted step size. After `max_probes` rejections it is the smallest one tried, or 0.0 if not
-            even that lowers the loss.
+        Raises:
+            TypeError: If a name is unknown or a value of the wrong type.
+            ValueError: If a value is out of its range.
         """
-        step_size, probes, decrease = self.trial_step_size, 0, math.nan
+        if unknown := [name for name in options if name not in self.options]:
+            raise TypeError(
+                f"{unknown[0]} is no option of growth={self.growth.name}, which takes {', '.join(self.options)}."
+            )
+        changes: dict[str, Any] = {}
+        for part in ("growth", "acceptance"):
+            names = {field.name for field in fields(getattr(self, part))}
+            changes[part] = replace(
+                getattr(self, part), **{name: value for name, value in options.items() if name in names}
+            )
+        if "search_interval" in options:
+            changes["interval"] = interval_of(options["search_interval"])
+        own = {name: options[name] for name in ("decrease_factor", "initial_step_size") if name in options}
+        return replace(self, **changes, **own)
+
+    @property
+    def max_probes(self) -> int:
+        """The probes of a search, at most."""
+        if self.least_shrinkage is None:
+            return 100
+        return 1 + max(1, math.floor(math.log(self.least_shrinkage) / math.log(self.decrease_factor)))
+
+    def init(self) -> SearchState:
+        """Return the state before training."""
+        step_size = float(self.initial_step_size)
+        return SearchState(
+            step_size=step_size,
+            is_initialized=self.initial_search is None,
+            growth=self.growth.init(step_size),
+            acceptance=self.acceptance.init(),
+            interval=self.interval.init(),
+        )
+
+    def needs_path_slope(self, lr_fraction: float) -> bool:
+        """Return whether `step` will read the path slope.
+
+        Args:
+            lr_fraction (`float`): Learning rate of this step as a fraction of its peak so far.
+        """
+        return self.growth.needs_path_slope and lr_fraction >= self.growth.least_lr_fraction
+
+    def step(
+        self, state: SearchState, line: SearchLine, path_slope: float = math.nan, lr_fraction: float = 1.0
+    ) -> SearchState:
+        """Return the state of the next optimizer step, whose `taken` is the step size to take.
+
+        Args:
+            state (`SearchState`): The state of the last optimizer step.
+            line (`SearchLine`): The loss along the direction of this one; it is asked only if a search is due.
+            path_slope (`float`, *optional*): `<g_k, w_0 - w_k>`. One that is not finite is left out.
+            lr_fraction (`float`, defaults to 1.0): Learning rate of this step as a fraction of its peak so far.
+
+        Raises:
+            Exception: What `line.probe` raises.
+        """
+        is_annealing = lr_fraction < self.growth.least_lr_fraction
+        is_due = self.interval.is_due(state.interval) and not (is_annealing and state.is_initialized)
+        state = replace(state, is_annealing=is_annealing, searched=is_due, probes=0, nonfinite_probes=0)
+        if not is_annealing:
+            growth, step_size = self.growth.follow(state.growth, state.step_size, path_slope)
+            step_size = step_size if state.is_initialized else state.step_size
+            state = replace(state, growth=growth, step_size=step_size)
+        if not is_due:
+            interval = self.interval.skipped(state.interval)
+            return replace(state, interval=interval, taken=state.step_size)
+        if self.initial_search is None or state.is_initialized:
+            return self._backtrack(state, line)
+        return self._initialize(state, line, self.initial_search)
+
+    def metrics(self, state: SearchState) -> dict[str, float]:
+        """Return what there is to log of the last search, by name; nothing while the schedule alone sets the step.
+
+        Args:
+            state (`SearchState`): The state of the last optimizer step.
+        """
+        if state.is_annealing:
+            return {}
+        return {
+            "slope": state.slope,
+            "decrease": state.actual_reduction,
+            "armijo_ratio": state.reduction_ratio,
+            **self.growth.metrics(state.growth),
+        }
+
+    def state_dict(self, state: SearchState) -> dict[str, Any]:
+        """Return a state as numbers by name, for a checkpoint.
+
+        Args:
+            state (`SearchState`): The state.
+        """
+        numbers = asdict(state)
+        for part in ("growth", "acceptance", "interval"):
+            numbers |= {f"{part}_{name}": value for name, value in numbers.pop(part).items()}
+        return numbers
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> SearchState:
+        """Return the state that `state_dict` was made of.
+
+        Args:
+            state_dict (`dict[str, Any]`): What `state_dict` returned; other keys are ignored.
+
+        Raises:
+            KeyError: If a number is missing.
+        """
+        state = self.init()
+        parts = {
+            part: replace(
+                getattr(state, part),
+                **{field.name: state_dict[f"{part}_{field.name}"] for field in fields(getattr(state, part))},
+            )
+            for part in ("growth", "acceptance", "interval")
+        }
+        parts["interval"] = self.interval.resumed(parts["interval"])
+        own = {field.name: state_dict[field.name] for field in fields(state) if field.name not in parts}
+        return SearchState(**parts, **own)
+
+    def _backtrack(self, state: SearchState, line: SearchLine) -> SearchState:
+        loss, slope = line.loss, line.slope
+        start = step_size = self.growth.start(state.growth, state.step_size)
+        probes, nonfinite_probes, reduction = 0, 0, math.nan
         while True:
-            last_decrease, decrease = decrease, loss - probe(step_size)
+            last_reduction, reduction = reduction, loss - line.probe(step_size)
             probes += 1
-            smoothed_decrease = self._smooth_decrease(step_size, slope, decrease)
-            sufficient = smoothed_decrease >= self._bound(step_size, slope) or decrease == last_decrease == 0
-            accepted = math.isfinite(decrease) and sufficient
+            nonfinite_probes += not math.isfinite(reduction)
+            acceptance = self.acceptance.update(state.acceptance, step_size, slope, reduction)
+            accepted = math.isfinite(reduction) and (
+                self.acceptance.is_sufficient(acceptance, step_size) or reduction == last_reduction == 0
+            )
             if accepted or probes == self.max_probes:
                 break
             step_size *= self.decrease_factor
+        again = not math.isfinite(reduction) or (self.retry_rejected and not accepted)
+        return replace(
+            state,
+            step_size=step_size,
+            growth=self.growth.searched(
+                state.growth,
+                start=start,
+                step_size=step_size,
+                slope=slope,
+                accepted=accepted,
+                decrease_factor=self.decrease_factor,
+            ),
+            acceptance=acceptance,
+            interval=self.interval.searched(state.interval, step_size, again),
+            taken=step_size if accepted or 0 < reduction < math.inf else 0.0,
+            probes=probes,
+            nonfinite_probes=nonfinite_probes,
+            accepted=accepted,
+            slope=slope,
+            actual_reduction=reduction,
+            predicted_reduction=step_size * slope,
+            smallest_probe=step_size,
+            total_probes=state.total_probes + probes,
+        )
 
-        self._remember(step_size, slope, decrease)
-        self.step_size = step_size
-        if not accepted:  # costs the next search one decrease, not a hundred
-            self.trial_step_size *= self.decrease_factor
-        elif slope == 0:  # where any step size is accepted, there is no reason to grow
-            self.trial_step_size = step_size
-        else:
-            self.trial_step_size = step_size * self.growth_factor
-        self.slope, self.decrease, self.prediction = slope, decrease, step_size * slope
-        self.probes, self.searched, self.accepted = probes, True, accepted
-        self.total_probes += probes
-        self.fast_step_size = 0.9 * self.fast_step_size + 0.1 * step_size
-        self.slow_step_size = 0.99 * self.slow_step_size + 0.01 * step_size
-        self.steps_until_search = self._interval() - 1 if accepted else 0
-        return step_size if accepted or 0 < decrease < math.inf else 0.0
-
-    def skip(self) -> float:
-        """Pass an optimizer step that is not due for a search.
-
-        Returns:
-            `float`: The step size of the last search, to be taken unsearched.
-        """
-        self.steps_until_search = max(self.steps_until_search - 1, 0)
-        self.probes, self.searched = 0, False
-        return self.step_size
-
-    def state_dict(self) -> dict[str, float | int]:
-        """Return the numbers that a resumed search continues from."""
-        return {name: getattr(self, name) for name in self._state}
-
-    def load_state_dict(self, state_dict: dict[str, float | int]) -> None:
-        """Continue from the numbers of `state_dict()`; other keys are ignored.
-
-        Args:
-            state_dict (`dict[str, float | int]`): Numbers by name.
-
-        Raises:
-            KeyError: If one of the numbers is missing.
-        """
-        for name in self._state:
-            setattr(self, name, state_dict[name])
-        if self.search_interval != "adaptive":
-            self.steps_until_search = min(self.steps_until_search, self.search_interval - 1)
-
-    def _smooth(self, slope: float) -> float:
-        if not math.isfinite(slope):
-            return self.smoothed_slope
-        return self.beta3 * self.smoothed_slope + (1 - self.beta3) * slope
-
-    def _smooth_decrease(self, step_size: float, slope: float, decrease: float) -> float:
-        return self.beta3 * self.smoothed_decrease + (1 - self.beta3) * decrease
-
-    def _bound(self, step_size: float, slope: float) -> float:
-        smoothed_slope = self._smooth(slope)
-        c = self.c if smoothed_slope > 0 else 1 / self.c  # uphill, the loss may rise by 1 / c of the prediction
-        return c * step_size * smoothed_slope
-
-    def _remember(self, step_size: float, slope: float, decrease: float) -> None:
-        if math.isfinite(decrease):
-            self.smoothed_decrease = self._smooth_decrease(step_size, slope, decrease)
-        self.smoothed_slope = self._smooth(slope)
-
-    def _interval(self) -> int:
-        if self.search_interval != "adaptive":
-            return self.search_interval
-        ratio = max(self.fast_step_size / self.slow_step_size, self.slow_step_size / self.fast_step_size)
-        return 10 if ratio <= 1.1 else math.ceil(1 / (ratio - 1))
+    def _initialize(self, state: SearchState, line: SearchLine, initial_search: InitialSearch) -> SearchState:
+        slope = line.slope
+        found = initial_search.search(line.loss, slope, line.probe, self.acceptance.c, self.initial_step_size)
+        probes = len(found.reductions)
+        smallest_probe = min(found.reductions, default=0.0)
+        last = found.step_size or smallest_probe
+        state = replace(
+            state,
+            taken=0.0,
+            probes=probes,
+            nonfinite_probes=sum(not math.isfinite(reduction) for reduction in found.reductions.values()),
+            accepted=found.step_size > 0,
+            slope=slope,
+            actual_reduction=found.reductions.get(last, 0.0),
+            predicted_reduction=last * slope,
+            smallest_probe=smallest_probe,
+            total_probes=state.total_probes + probes,
+        )
+        if found.step_size == 0:
+            return state
+        step_size = initial_search.share * found.step_size
+        return replace(
+            state,
+            is_initialized=True,
+            step_size=step_size,
+            taken=step_size,
+            growth=self.growth.searched(
+                state.growth,
+                start=step_size,
+                step_size=step_size,
+                slope=slope,
+                accepted=True,
+                decrease_factor=self.decrease_factor,
+            ),
+            interval=self.interval.searched(state.interval, step_size, again=False),
+        )

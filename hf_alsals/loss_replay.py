@@ -1,5 +1,6 @@
 """The loss of one optimizer step's micro-batches, again, exactly: what a probe of the line search measures."""
 
+import contextlib
 import functools
 import random
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from .checks import check_number
 
 
 class RandomState:
@@ -78,7 +81,7 @@ class MicroBatch:
         random_state (`RandomState`): The random number generators before its training forward pass.
         buffer_state (`BufferState`): The buffers that move, before its training forward pass.
         loss (`Tensor`): Its training loss, without a graph.
-        divisor (`int`): What the training loop divides its loss by.
+        divisor (`int`): What the training loop divides its loss by, before the backward pass.
     """
 
     compute_loss: Callable[[], Any]
@@ -91,30 +94,41 @@ class MicroBatch:
 class LossReplay:
     """The closure of [`ALSALS`]: the loss of one optimizer step's micro-batches, at the weights of the moment.
 
-    The forward passes see the random numbers (so the dropout masks) and buffers of training; afterwards the random
-    number generators and the buffers are as they were. The loss is averaged over processes. Which buffers move is seen
-    in the first forward pass, and again whenever a module is set to another mode.
+    It is set once, `optimizer.set_closure(replay)`; then every micro-batch is recorded. The forward passes of a probe
+    see the random numbers (so the dropout masks) and buffers of training; afterwards the random number generators and
+    the buffers are as they were. The loss is averaged over processes. Which buffers move is seen in the first forward
+    pass, and again whenever a module is set to another mode.
 
     Args:
         model (`nn.Module`): The model as the training loop calls it, wrapped or not.
         accelerator (`Accelerator`): The accelerator of the training loop, for its gradient accumulation and processes.
         probe_micro_batches (`int`, *optional*): With gradient accumulation the number of micro-batches, from the
             first, whose loss stands for that of all: probes are cheaper by as much, and noisier. All if left out.
+        probe_context (`Callable[[], ContextManager]`, *optional*): Returns the context that a probe runs in.
 
     Raises:
-        ValueError: If `probe_micro_batches` is less than 1.
+        TypeError: If `probe_micro_batches` is not an int.
+        ValueError: If it is less than 1.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, probe_micro_batches: int | None = None) -> None:
-        if probe_micro_batches is not None and probe_micro_batches < 1:
-            raise ValueError(f"probe_micro_batches must be at least 1, got {probe_micro_batches}.")
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        probe_micro_batches: int | None = None,
+        probe_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        check_probe_micro_batches(probe_micro_batches)
         self.model = model
         self.accelerator = accelerator
         self.probe_micro_batches = probe_micro_batches
+        self.probe_context = probe_context
         self.micro_batches: list[MicroBatch] = []
         self._moving: list[tuple[nn.Module, str]] = []
         self._modes: list[bool] = []
-        self._complete = False
+        self._is_complete = False
+        self._loss: Tensor | None = None
+        self._is_taken = False
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the training loss of a micro-batch and remember how.
@@ -128,8 +142,8 @@ class LossReplay:
         Returns:
             What `function` returned.
         """
-        if self._complete:
-            self.micro_batches = []
+        if self._is_complete:
+            self.clear()
         random_state = RandomState(self.model, self.accelerator.device)
         modes = [module.training for module in self.model.modules()]
         slots = self._moving
@@ -161,17 +175,35 @@ class LossReplay:
                 divisor=self.accelerator.gradient_accumulation_steps,
             )
         )
-        self._complete = self.accelerator.sync_gradients
+        self._loss = None
+        self._is_complete = self.accelerator.sync_gradients
         return output
 
     def clear(self) -> None:
         """Forget the micro-batches, as after a forward or backward pass that has failed."""
         self.micro_batches = []
+        self._loss = None
+        self._is_taken = self._is_complete = False
 
     @property
     def loss(self) -> Tensor:
         """The training loss of the recorded micro-batches, a scalar."""
-        return self._mean_over_processes([batch.loss / batch.divisor for batch in self._probed()])
+        if self._loss is None:  # a sum over processes, once a step
+            self._loss = self._mean_over_processes([batch.loss / batch.divisor for batch in self._probed()])
+        return self._loss
+
+    def take_loss(self) -> Tensor:
+        """Return `loss` to the optimizer step that is taken with it.
+
+        Raises:
+            RuntimeError: If another step has been taken with these micro-batches already, or there are none.
+        """
+        if self._is_taken:
+            raise RuntimeError(
+                "LossReplay has no micro-batch of this optimizer step: compute its training loss with record()."
+            )
+        self._is_taken = True
+        return self.loss
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -180,6 +212,10 @@ class LossReplay:
         Raises:
             RuntimeError: If there are none.
         """
+        with self.probe_context():
+            return self._replay()
+
+    def _replay(self) -> Tensor:
         random_state = RandomState(self.model, self.accelerator.device)
         buffer_state = BufferState(self._moving)
         wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
@@ -221,41 +257,18 @@ def _loss_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def first_inexact_module(model: nn.Module, closure: Callable[[], Any]) -> str | None:
-    """Return the name of the innermost module that answers one input with two outputs, in two calls of a closure.
+def check_probe_micro_batches(probe_micro_batches: Any) -> None:
+    """Raise unless a number of micro-batches is one.
 
     Args:
-        model (`nn.Module`): The model that the closure calls.
-        closure (`Callable`): Computes a loss that should be the same whenever it is called.
+        probe_micro_batches (`Any`): An int of at least 1, or `None` for all.
 
-    Returns:
-        `str` or `None`: The module's name and class, if there is one.
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is less than 1.
     """
-    runs: list[list[tuple[str, Any, Any]]] = []
-    for _ in range(2):
-        calls: list[tuple[str, Any, Any]] = []
-
-        def note(name: str, calls: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append((f"{name} ({type(module).__name__})", _sums_of((args, kwargs)), _sums_of(output)))
-
-        hooks = [
-            module.register_forward_hook(functools.partial(note, name, calls), with_kwargs=True)
-            for name, module in model.named_modules()
-        ]
-        try:
-            closure()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        runs.append(calls)
-    for (name, given, answer), (_, same, other) in zip(*runs):
-        if given == same and answer != other:
-            return name
-    return None
-
-
-def _sums_of(value: Any) -> list[float]:
-    if isinstance(value, Tensor):
-        return [value.detach().cpu().double().sum().item()]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [number for item in values for number in _sums_of(item)]
+    if probe_micro_batches is None:
+        return
+    check_number("probe_micro_batches", probe_micro_batches, lambda x: x >= 1, "an int of at least 1")
+    if not isinstance(probe_micro_batches, int):
+        raise TypeError(f"probe_micro_batches must be an int of at least 1, got {probe_micro_batches!r}.")

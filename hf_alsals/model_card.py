@@ -7,8 +7,9 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard
 
-from . import __version__
-from .optimizer import ALSALS, PRESETS
+from .optimizer import ALSALS
+from .presets import PRESETS
+from .version import __version__
 
 # What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere, or from a local path.
 _FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
@@ -29,9 +30,7 @@ def correct_start_in_card(path: str, from_local_model: bool) -> None:
     card.save(path)
 
 
-def add_results_to_card(
-    path: str, log_history: list[dict[str, Any]], dataset: dict[str, str | None], task: str
-) -> None:
+def add_results_to_card(path: str, log_history: list[dict[str, Any]], dataset: dict[str, Any], task: str) -> None:
     """Write the last evaluation into the metadata (model-index) of the model card that the Trainer wrote.
 
     Args:
@@ -41,7 +40,7 @@ def add_results_to_card(
         task (`str`): The task's name on the Hub, such as `"text-classification"`.
     """
     evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for entry in evaluations:
         # Several data sets, or parts of one, may have been evaluated at the last step.
         if entry["step"] == evaluations[-1]["step"]:
@@ -69,27 +68,25 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
     """
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or []), "alsals"})
-    search = alsals.line_search
-    numbers = ("c", "beta3", "growth_factor", "decrease_factor", "initial_step_size")
-    options = [f"{name} {getattr(search, name):.6g}" for name in numbers]
-    options += [f"growth {alsals.growth}", f"slope {alsals.slope_method}", f"search_interval {search.search_interval}"]
+    search, growth = alsals.line_search, alsals.line_search.growth
+    options = [
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:.6g}"
+        for name, value in search.options.items()
+    ]
+    options += [f"growth {growth.name}", f"slope {alsals.slope_method}"]
     rows = {
         "optimizer": f"`{optim}`" if optim in PRESETS else "ALSALS",
         "options": ", ".join(options),
-        "last step size": f"{search.step_size:.4g}",
-        "probes per step": f"{search.total_probes / max(steps, 1):.2f}",
+        "last step size": f"{alsals.step_size:.4g}",
+        "probes per step": f"{alsals.search.total_probes / max(steps, 1):.2f}",
         "steps skipped (loss or gradient not finite)": str(alsals.skipped_steps),
         "versions": f"hf_alsals {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
     }
     if train_seconds:
         rows["share of the time in the search"] = f"{alsals.search_seconds / train_seconds:.0%}"
-    how = {
-        "path": "the step size followed the slope along the path of training, bounded by a line search",
-        "constant": "the step size was found by a line search",
-    }[alsals.growth]
     lines = [
         "## Step size",
-        f"No learning rate was chosen: {how} along Adam's direction "
+        f"No learning rate was chosen: {growth.description} along Adam's direction "
         "(ALSALS, [arXiv 2403.18519](https://arxiv.org/abs/2403.18519)).",
         "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]

@@ -1,46 +1,70 @@
 """Adam whose step size a line search picks (ALSALS, arXiv 2403.18519)."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .direction import AdamDirection, path_slope, read, zero_if_finite
-from .line_search import ArmijoLineSearch, check_number
-from .path_search import PathSearch
+from .adam import AdamDirection
+from .checks import check_number
+from .direction import Direction
+from .line import SLOPES, Line, check_loss
+from .line_search import LineSearch
+from .path_slope import path_slope
+from .presets import line_search_of
+from .shards import nonfinite_flag, to_floats
 
-# Each method of the papers as keyword arguments of ALSALS. adam_sls has the c and the growth (2 in 500 steps) of the
-# authors' package salsa-optimizer 0.1.0.
-PRESETS: dict[str, dict[str, Any]] = {
-    "alsals": {"growth": "path"},
-    "alsals_paper": {"growth": "constant", "growth_factor": 1 / 0.999},
-    "salsa": {
-        "growth": "constant",
-        "c": 0.5,
-        "growth_factor": 1.1,
-        "decrease_factor": 0.8,
-        "slope": "preconditioned",
-        "search_interval": "adaptive",
-    },
-    "adam_sls": {
-        "growth": "constant",
-        "betas": (0.0, 0.999),
-        "c": 0.2,
-        "beta3": 0.0,
-        "growth_factor": 2 ** (1 / 500),
-        "slope": "preconditioned",
-    },
-}
+Closure = Callable[[], Tensor | float]
 
-SLOPES = ("exact", "preconditioned", "finite_difference")
 
-# How the step size grows, and the search that does it.
-SEARCHES: dict[str, type[ArmijoLineSearch]] = {"path": PathSearch, "constant": ArmijoLineSearch}
+class ReplayedLoss(Protocol):
+    """A closure that knows the batch of every step by itself; [`LossReplay`] is one."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss that the gradients came from."""
+
+    def take_loss(self) -> Tensor:
+        """Return that loss to the step that is taken with it, and to no second one."""
+
+    def __call__(self) -> Tensor:
+        """Return the loss of that batch at the present weights."""
+
+
+class Pending(NamedTuple):
+    """What the next `ALSALS.step()` has been given beforehand.
+
+    Args:
+        closure (`Callable[[], Tensor]` or `ReplayedLoss`, *optional*): The closure.
+        loss (`Tensor` or `float`, *optional*): The loss that the gradients came from, if a plain closure came with it.
+        clip_coef (`Tensor` or `float`, defaults to 1.0): What clipping multiplied the gradients by.
+    """
+
+    closure: Closure | ReplayedLoss | None = None
+    loss: Tensor | float | None = None
+    clip_coef: Tensor | float = 1.0
+
+
+class Start(NamedTuple):
+    """What an optimizer step reads, with one host-device sync, before it moves.
+
+    Args:
+        is_finite (`bool`): Whether loss, gradients and their norm are finite.
+        clip_coef (`float`): What clipping multiplied the gradients by.
+        path_slope (`float`): The path slope of the unclipped gradients, NaN where nothing follows it.
+        lr_fraction (`float`): Learning rate as a fraction of its peak so far.
+    """
+
+    is_finite: bool
+    clip_coef: float
+    path_slope: float
+    lr_fraction: float
 
 
 class ALSALS(torch.optim.Optimizer):
@@ -56,23 +80,25 @@ class ALSALS(torch.optim.Optimizer):
         eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction.
         weight_decay (`float`, defaults to 0.0): Decoupled weight decay per unit of step taken, as in AdamW. It is
             applied after the search and is not part of the searched line.
-        growth (`str`, defaults to `"path"`): How the step size grows. With `"path"` it follows the slope along the
-            path of training, and the search bounds it (see [`PathSearch`]), which takes a copy of the first weights in
-            bfloat16; with `"constant"` it grows by `growth_factor` after each search, as published (see
-            [`ArmijoLineSearch`]).
-        c, beta3, growth_factor, decrease_factor, initial_step_size, search_interval: See [`PathSearch`] and
-            [`ArmijoLineSearch`]; where left out, their own defaults.
-        slope (`str`, defaults to `"exact"`): How the slope is measured. `"exact"` is the inner product of gradient and
-            direction; `"preconditioned"` leaves momentum out of that direction; `"finite_difference"` probes the loss
-            at the step size `sqrt(machine epsilon)` (of the coarsest dtype among the parameters).
+        growth (`str` or `LineSearch`, defaults to `"path"`): How the step size grows. With `"path"` it follows the
+            slope along the path of training, and the search bounds it (see [`PathGrowth`]), which takes a copy of the
+            first weights in bfloat16; with `"constant"` it grows by `growth_factor` after each search, as published
+            (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
+        slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
+            `"finite_difference"`; see [`Line`].
+        direction (`type[Direction]`, defaults to `AdamDirection`): The direction; called with parameter groups and
+            state.
+        options: Options of the line search: `c`, `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size` and
+            `search_interval`. Their meanings and defaults are those of `LINE_SEARCHES[growth]` and its parts.
 
     Attributes:
-        handed_over (`tuple`): What `set_closure` was given for the next step: closure, loss and clip_coef.
-        step_size (`float`): The step size of the last step, before `lr` multiplied it.
-        slope, decrease (`float`): Slope and loss decrease that the last search measured, in units of the loss.
+        line_search (`LineSearch`), search (`SearchState`): The line search, and what it has come to.
+        pending (`Pending`): What the next step has been given beforehand.
+        step_size (`float`): The step size of the last step, before `lr` multiplied it; the initial one before the
+            first.
+        slope, actual_reduction (`float`): Slope and reduction of the loss that the last search measured.
         probes (`int`), searched (`bool`): Probes of the last step, without that of a finite difference, and whether it
-            searched.
-        non_finite_probes (`int`): How many probes of the last step gave a loss that is not finite.
+            searched; `search.nonfinite_probes` of them gave a loss that is not finite.
         loss (`float`): The loss that the last step started from.
         search_seconds (`float`): Time spent in searches since the optimizer was made.
         skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
@@ -80,9 +106,32 @@ class ALSALS(torch.optim.Optimizer):
     Raises:
         TypeError: If an argument or a parameter has the wrong type; complex parameters are not supported.
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = ALSALS([w])
+        >>> for _ in range(200):
+        ...     closure = lambda: (w**2).sum()
+        ...     loss = closure()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     _ = optimizer.step(closure, loss)
+        >>> loss.item() < 1e-3
+        True
     """
 
     max_consecutive_skips = 10
+    _copied = (
+        "line_search",
+        "search",
+        "direction",
+        "slope_method",
+        "loss",
+        "search_seconds",
+        "skipped_steps",
+        "consecutive_skips",
+    )
 
     def __init__(
         self,
@@ -92,34 +141,22 @@ class ALSALS(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        growth: Literal["path", "constant"] = "path",
-        c: float = 0.3,
-        beta3: float | None = None,
-        growth_factor: float | None = None,
-        decrease_factor: float = 0.9,
-        initial_step_size: float = 0.1,
+        growth: str | LineSearch = "path",
         slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
-        search_interval: int | Literal["adaptive"] | None = None,
+        direction: Callable[[list[dict[str, Any]], MutableMapping[Tensor, dict[str, Any]]], Direction] = AdamDirection,
+        **options: Any,
     ) -> None:
-        if growth not in SEARCHES:
-            raise ValueError(f"growth must be one of {', '.join(SEARCHES)}, got {growth!r}.")
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
         self.slope_method = slope
-        self.growth = growth
-        own_defaults = {"beta3": beta3, "growth_factor": growth_factor, "search_interval": search_interval}
-        self.line_search = SEARCHES[growth](
-            c=c,
-            decrease_factor=decrease_factor,
-            initial_step_size=initial_step_size,
-            **{name: value for name, value in own_defaults.items() if value is not None},
-        )
+        self.direction = direction
+        self.line_search = line_search_of(growth, **options)
+        self.search = self.line_search.init()
+        self.pending = Pending()
         self.loss = math.nan
         self.search_seconds = 0.0
-        self.non_finite_probes = 0
         self.skipped_steps = 0
         self.consecutive_skips = 0
-        self.handed_over: tuple[Any, Any, Any] = (None, None, 1.0)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -134,8 +171,16 @@ class ALSALS(torch.optim.Optimizer):
             ValueError: If a hyperparameter is out of its range, or the group sets one of the line search.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_param_group(self.param_groups[-1])
+            check_hyperparameters(group)
+            if named := sorted({*self.line_search.options, "growth", "slope"} & set(group)):
+                raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
+            for param in group["params"]:
+                if param.is_complex():
+                    raise TypeError(
+                        f"ALSALS takes real parameters, got one of {param.dtype}, of shape {list(param.shape)}."
+                    )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -143,59 +188,68 @@ class ALSALS(torch.optim.Optimizer):
     @property
     def step_size(self) -> float:
         """The step size of the last step before `lr`; before the first search the one that it starts from."""
-        return self.line_search.step_size
+        return self.search.step_size
 
     @property
     def slope(self) -> float:
         """The slope that the last search measured."""
-        return self.line_search.slope
+        return self.search.slope
 
     @property
-    def decrease(self) -> float:
-        """The loss decrease at the step size that the last search ended at."""
-        return self.line_search.decrease
+    def actual_reduction(self) -> float:
+        """The reduction of the loss at the step size that the last search ended at."""
+        return self.search.actual_reduction
 
     @property
     def probes(self) -> int:
         """The number of probes of the last step."""
-        return self.line_search.probes
+        return self.search.probes
 
     @property
     def searched(self) -> bool:
         """Whether the last step searched."""
-        return self.line_search.searched
+        return self.search.searched
 
-    def set_closure(
-        self,
-        closure: Callable[[], Tensor | float],
-        loss: Tensor | float | None = None,
-        clip_coef: Tensor | float = 1.0,
-    ) -> None:
-        """Hand over what the next `step()` needs, where `step` is called by others without arguments.
+    @property
+    def pending_loss(self) -> Tensor | float | None:
+        """The loss that the next step starts from, `None` if only a call of its closure can tell."""
+        pending = self.pending
+        return pending.closure.loss if _is_replayed(pending.closure) and pending.loss is None else pending.loss
+
+    def set_closure(self, closure: Closure | ReplayedLoss, loss: Tensor | float | None = None) -> None:
+        """Set what `step()` calls for the loss, where others call `step` without arguments.
 
         Args:
-            closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar,
-                without a backward pass.
-            loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
-                if left out.
-            clip_coef (`Tensor` or `float`, defaults to 1.0): What gradient clipping multiplied the gradients by,
-                `min(1, max_norm / (total_norm + 1e-6))`. The slope is divided by it: it has to be that of the loss.
+            closure (`Callable[[], Tensor]` or `ReplayedLoss`): Returns the loss of the batch that the gradients came
+                from, a scalar, without a backward pass. A [`LossReplay`] is set once, before training; a plain
+                function, which knows one batch only, serves the next step.
+            loss (`Tensor` or `float`, *optional*): The loss that the gradients came from. If left out, a
+                [`LossReplay`] knows it, and a plain function is called for it.
 
         Raises:
-            TypeError: If the closure cannot be called, or `clip_coef` is not a number.
-            ValueError: If `clip_coef` is not positive.
+            TypeError: If the closure cannot be called.
         """
-        if not callable(closure):
-            raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
+        _check_closure(closure)
+        self.pending = Pending(closure, loss, self.pending.clip_coef)
+
+    def set_clip_coef(self, clip_coef: Tensor | float) -> None:
+        """Say what gradient clipping has multiplied the gradients of the next step by.
+
+        Args:
+            clip_coef (`Tensor` or `float`): `min(1, max_norm / (total_norm + 1e-6))`. The slope is divided by it: it
+                has to be that of the loss.
+
+        Raises:
+            TypeError: If it is not a number.
+            ValueError: If it is not positive.
+        """
         if not isinstance(clip_coef, Tensor):
             check_number("clip_coef", clip_coef, lambda x: 0 < x < math.inf, "a positive number")
-        self.handed_over = (closure, loss, clip_coef)
+        self.pending = self.pending._replace(clip_coef=clip_coef)
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Tensor | float] | None = None, loss: Tensor | float | None = None
-    ) -> Tensor | float | None:
-        """Take one step along Adam's direction, with the step size of the line search.
+    def step(self, closure: Closure | None = None, loss: Tensor | float | None = None) -> Any:
+        """Take one step along the direction, with the step size of the line search.
 
         The gradients are in `.grad` already; a search takes their memory, and `.grad` is `None` after it, even if the
         closure raises. Parameters and search are where they were then; Adam's moments have taken up the gradients.
@@ -215,70 +269,30 @@ class ALSALS(torch.optim.Optimizer):
             TypeError: If the closure cannot be called, or the loss is not a number.
             ValueError: If the loss is not a scalar.
         """
-        earlier_closure, earlier_loss, clip_coef = self.handed_over
-        self.handed_over = (None, None, 1.0)  # never a second step on the same batch
-        self.line_search.probes, self.line_search.searched, self.non_finite_probes = 0, False, 0
-        if closure is not None:
-            clip_coef = 1.0
-        else:
-            closure, loss = earlier_closure, earlier_loss if loss is None else loss
-        if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
-            # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
-            if self.growth == "path":
-                self._path_slope([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-            self._directions()
-            return None
+        closure, loss, clip_coef = self._take_pending(closure, loss)
+        direction = self.direction(self.param_groups, self.state)
         if closure is None:
-            raise RuntimeError(
-                "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
-            )
-        if not callable(closure):
-            raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
-
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in params):
-            raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
-
-        if loss is None:
-            loss = closure()
-        _check_loss(loss)
-        if not params:
-            (self.loss,) = read([loss])
-            return loss
-        if self.growth == "path":
-            self.line_search.heed_schedule(self._schedule())
-        follows_path = self.growth == "path" and not self.line_search.is_annealing
-        path = self._path_slope(params) if follows_path else 0.0
-        # The only host wait of a step without a search.
-        self.loss, zero, clip_coef, path = read([loss, zero_if_finite(params), clip_coef, path])
-        # A clip_coef of 0 is that of gradients whose norm is not finite.
-        if not math.isfinite(self.loss + zero) or not 0 < clip_coef < math.inf:
+            return self._make_state(direction)
+        loss = closure() if loss is None else loss
+        check_loss(loss)
+        start = self._read_start(direction, loss, clip_coef)
+        if not start.is_finite:
             self._skip()
-            return loss
-        self.consecutive_skips = 0
-
-        before = self.line_search.state_dict()
-        directions = self._directions()
-        if follows_path:
-            self.line_search.follow(path / clip_coef)
-        if self.line_search.is_due():
-            try:
-                step_size = self._search(closure, [direction for _, direction in directions], clip_coef)
-            except BaseException:
-                self.line_search.load_state_dict(before)
-                raise
-        else:
-            step_size = self.line_search.skip()
-        for group, direction in directions:
-            step = group["lr"] * step_size
-            direction.move(step, decay=step * group["weight_decay"])
+        elif direction.params:
+            begin, self.consecutive_skips = time.perf_counter(), 0
+            direction.update()
+            with Line(direction, closure, self.loss, start.clip_coef, self.slope_method) as line:
+                self.search = self.line_search.step(self.search, line, start.path_slope, start.lr_fraction)
+                self.search_seconds += time.perf_counter() - begin if self.searched else 0.0
+                line.move(self.search.taken)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
+        search = self.line_search.state_dict(self.search) | {"growth": self.line_search.growth.name}
         for group in self.param_groups:
             group.setdefault("peak_lr", 0.0)  # a sharded load fills only what is there
-            group.update({f"search_{name}": value for name, value in self.line_search.state_dict().items()})
+            group.update({f"search_{name}": value for name, value in search.items()})
             group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
         return super().state_dict()
 
@@ -292,92 +306,76 @@ class ALSALS(torch.optim.Optimizer):
             ValueError: If it is that of another optimizer, another `growth` or an earlier version, or its parameter
                 groups do not match.
         """
-        group = state_dict["param_groups"][0]
-        if "search_step_size" not in group:
+        saved = state_dict["param_groups"][0]
+        if "search_step_size" not in saved:
             raise ValueError("state_dict must be that of an ALSALS optimizer, got one without numbers of a search.")
-        growth = "path" if "search_started" in group else "constant"
-        if growth != self.growth:
-            raise ValueError(f"growth must be {growth!r}, as in the state_dict, got {self.growth!r}.")
-        missing = [name for name in self.line_search.state_dict() if f"search_{name}" not in group]
-        if missing:
+        growth = self.line_search.growth.name
+        if saved.get("search_growth", growth) != growth:
+            raise ValueError(f"growth must be {saved['search_growth']!r}, as in the state_dict, got {growth!r}.")
+        names = [*self.line_search.state_dict(self.search), "growth"]
+        if missing := [name for name in names if f"search_{name}" not in saved]:
             raise ValueError(f"state_dict must be of this version of hf_alsals, got one without {', '.join(missing)}.")
-        search = {name: group[f"search_{name}"] for name in self.line_search.state_dict()}
+        search = self.line_search.load_state_dict({name: saved[f"search_{name}"] for name in names})
         super().load_state_dict(state_dict)
-        self.line_search.load_state_dict(search)
-        self.skipped_steps, self.consecutive_skips = group["skipped_steps"], group["consecutive_skips"]
+        self.search = search
+        self.skipped_steps, self.consecutive_skips = saved["skipped_steps"], saved["consecutive_skips"]
         # torch has cast the moments of bfloat16 and float16 parameters, which are float32, to the parameter's dtype.
-        indices = [index for saved in state_dict["param_groups"] for index in saved["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if name == "step":
-                    self.state[p][name] = value.to("cpu", copy=True)  # on a GPU each would cost a host wait
+                    self.state[p][name] = value.to("cpu", copy=True)  # on a GPU each would cost a host-device sync
                 elif value.dtype != p.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("line_search", "growth", "slope_method", "loss", "search_seconds", "non_finite_probes")
-        own += ("skipped_steps", "consecutive_skips")
-        return (
-            super().__getstate__() | {name: getattr(self, name) for name in own} | {"handed_over": (None, None, 1.0)}
-        )
+        own = {name: value for name, value in vars(self).items() if name in self._copied}
+        return super().__getstate__() | own | {"pending": Pending()}
 
-    def _path_slope(self, params: list[Tensor]) -> Tensor:
-        started = [p for p in params if "start" in self.state[p]]
-        slope = path_slope(started, [self.state[p] for p in started])
-        for p in params:
-            if "start" not in self.state[p]:
-                self.state[p]["start"] = p.detach().to(torch.bfloat16, copy=True)
-        return slope
+    def _take_pending(self, closure: Closure | None, loss: Tensor | float | None) -> Pending:
+        pending = self.pending
+        # Never a second step on the same batch.
+        self.pending = Pending(pending.closure if _is_replayed(pending.closure) else None)
+        self.search = dataclasses.replace(self.search, searched=False, probes=0, nonfinite_probes=0)
+        if closure is not None:
+            _check_closure(closure)
+            return Pending(closure, loss, pending.clip_coef)
+        if _is_replayed(pending.closure):
+            replayed = pending.closure.take_loss()
+            return pending._replace(loss=replayed if loss is None else loss)
+        return pending if loss is None else pending._replace(loss=loss)
 
-    def _schedule(self) -> float:
+    def _make_state(self, direction: Direction) -> Any:
+        # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
+        if self.state or any(group["lr"] != 0 for group in self.param_groups):
+            raise RuntimeError(
+                "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
+            )
+        if self.line_search.needs_path_slope(lr_fraction=1.0):
+            path_slope(direction.params, self.state)
+        direction.update()
+
+    def _read_start(self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float) -> Start:
+        if not direction.params:
+            (self.loss,) = to_floats([loss])
+            return Start(is_finite=True, clip_coef=1.0, path_slope=math.nan, lr_fraction=1.0)
+        lr_fraction = self._lr_fraction()
+        reads_path = self.line_search.needs_path_slope(lr_fraction)
+        path = path_slope(direction.params, self.state) if reads_path else math.nan
+        # The only host-device sync of a step without a search.
+        self.loss, flag, clip_coef, path = to_floats([loss, nonfinite_flag(direction.params), clip_coef, path])
+        # A clip_coef of 0 is that of gradients whose norm is not finite.
+        is_finite = math.isfinite(self.loss + flag) and 0 < clip_coef < math.inf
+        return Start(is_finite, clip_coef, path / clip_coef if is_finite else math.nan, lr_fraction)
+
+    def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.
         for group in self.param_groups:
             group["peak_lr"] = max(group.get("peak_lr", 0.0), group["lr"])
         return max(
             (group["lr"] / group["peak_lr"] for group in self.param_groups if group["peak_lr"] > 0), default=1.0
         )
-
-    def _directions(self) -> list[tuple[dict[str, Any], AdamDirection]]:
-        directions = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                states = [self.state[p] for p in params]
-                directions.append((group, AdamDirection(params, states, group["betas"], group["eps"])))
-        return directions
-
-    def _search(
-        self, closure: Callable[[], Tensor | float], directions: list[AdamDirection], clip_coef: float
-    ) -> float:
-        def probe(step_size: float) -> float:
-            for direction in directions:
-                direction.move(step_size)
-            torch.clear_autocast_cache()  # within an outer autocast it holds the weights of the training forward pass
-            probed = closure()
-            _check_loss(probed)
-            (number,) = read([probed])
-            self.non_finite_probes += not math.isfinite(number)
-            return number
-
-        begin = time.perf_counter()
-        if self.slope_method == "exact":
-            slope = sum(read([direction.slope() for direction in directions])) / clip_coef
-        elif self.slope_method == "preconditioned":
-            slope = sum(read([direction.preconditioned_slope() for direction in directions])) / clip_coef
-        for direction in directions:
-            direction.remember()
-        try:
-            if self.slope_method == "finite_difference":
-                step_size = max(torch.finfo(p.dtype).eps for direction in directions for p in direction.params) ** 0.5
-                slope = (self.loss - probe(step_size)) / step_size
-            return self.line_search.search(self.loss, slope, probe)
-        except BaseException:
-            for direction in directions:
-                direction.restore()
-            raise
-        finally:
-            self.search_seconds += time.perf_counter() - begin
 
     def _skip(self) -> None:
         self.skipped_steps += 1
@@ -389,34 +387,42 @@ class ALSALS(torch.optim.Optimizer):
             )
 
 
-def _check_param_group(group: dict[str, Any]) -> None:
+def unwrap_alsals(optimizer: Any) -> ALSALS | None:
+    """Return the [`ALSALS`] in an optimizer that Accelerate may have wrapped, `None` if it is another one.
+
+    Args:
+        optimizer (`Any`): An optimizer, as a Trainer callback is given it.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, ALSALS) else None
+
+
+def check_hyperparameters(group: dict[str, Any], names: dict[str, str] | None = None) -> None:
+    """Raise unless the hyperparameters of a parameter group are in range.
+
+    Args:
+        group (`dict`): `lr`, `betas`, `eps` and `weight_decay`.
+        names (`dict[str, str]`, *optional*): What messages call those that are called otherwise there.
+
+    Raises:
+        TypeError: If one is not a number.
+        ValueError: If one is out of its range.
+    """
+    names = names or {}
     for name in ("lr", "eps", "weight_decay"):
-        check_number(name, group[name], lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    betas = group["betas"]
+        expected = "a finite number of at least 0"
+        check_number(names.get(name, name), group[name], lambda x: 0 <= x < math.inf, expected)
+    betas, name = group["betas"], names.get("betas", "betas")
     if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, Real) for beta in betas):
-        raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
+        raise TypeError(f"{name} must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
-    searched = {
-        "c",
-        "beta3",
-        "growth",
-        "growth_factor",
-        "decrease_factor",
-        "initial_step_size",
-        "slope",
-        "search_interval",
-    }
-    if named := sorted(searched & set(group)):
-        raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
-    for param in group["params"]:
-        if param.is_complex():
-            raise TypeError(f"ALSALS takes real parameters, got one of {param.dtype}, of shape {list(param.shape)}.")
+        raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}.")
 
 
-def _check_loss(loss: Tensor | float) -> None:
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
-    elif isinstance(loss, bool) or not isinstance(loss, Real):
-        raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")
+def _is_replayed(closure: Closure | ReplayedLoss | None) -> TypeGuard[ReplayedLoss]:
+    return hasattr(type(closure), "take_loss")
+
+
+def _check_closure(closure: Any) -> None:
+    if not callable(closure):
+        raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .hub import without_local_paths
+from .publishing import without_local_paths
 
 # What an evaluation gives beside its metrics.
 _NO_METRICS = ("runtime", "per_second", "preparation_time", "samples")
@@ -44,6 +44,7 @@ class Run:
         updated (`str`): When it was saved, in ISO format.
         settings (`dict`): The training arguments that are not the default; empty if the run has not saved them.
         c (`float`, *optional*): The sufficient-decrease constant of the search.
+        growth_metrics (`list[str]`): What the growth rule logs.
         first_step (`int`): The step that the run was resumed at.
         search_seconds (`float`, *optional*): Time spent in searches.
         warnings (`list[dict]`): `step` and `message` of each warning.
@@ -57,6 +58,7 @@ class Run:
     updated: str
     settings: dict[str, Any]
     c: float | None
+    growth_metrics: list[str]
     first_step: int
     search_seconds: float | None
     warnings: list[dict[str, Any]]
@@ -116,9 +118,9 @@ class Run:
             steps = [0, *(step for step, _ in probes)]
             total = sum(value * (step - last) for (step, value), last in zip(probes, steps))
             rows["probes per step"] = f"{total / steps[-1]:.2f}"
-        if self.end:
-            if searched and self.search_seconds is not None:
-                rows["time in the search"] = f"{self.search_seconds / self.end['train_runtime']:.1%}"
+        if self.end and searched and self.search_seconds is not None:
+            rows["time in the search"] = f"{self.search_seconds / self.end['train_runtime']:.1%}"
+        if self.seconds_per_step is not None:
             rows["steps per second"] = f"{1 / self.seconds_per_step:.4g}"
         return rows
 
@@ -153,7 +155,8 @@ def load_run(run_dir: str) -> Run:
         state.stateful_callbacks.get(name, {}).get("attributes", {})
         for name in ("StepSizeCallback", "FailureCallback")
     )
-    end = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+    ends = (entry for entry in reversed(state.log_history) if "train_runtime" in entry)
+    end: dict[str, Any] = next(ends, {})
     evaluations = list(state.log_history)
     results_path = os.path.join(run_dir, "all_results.json")
     if end.get("step") == state.global_step and os.path.exists(results_path):
@@ -174,6 +177,7 @@ def load_run(run_dir: str) -> Run:
         updated=updated,
         settings=without_local_paths(steps.get("settings", {})),
         c=steps.get("c"),
+        growth_metrics=steps.get("growth_metrics", []),
         first_step=steps.get("first_step", 0),
         search_seconds=steps.get("search_seconds"),
         warnings=failures.get("warnings", []),
@@ -211,7 +215,11 @@ def report(run_dir: str) -> str:
         *_draw("step size", step_sizes, log=True),
         *_draw("Armijo ratio, cut off at -1 and 2", armijo),
         *_draw("probes per step", [(run.points("probes"), {"color": "C0"})]),
-        *_draw("path slope", [(run.points("path_slope"), {"color": "C0"})]),
+        *(
+            picture
+            for name in run.growth_metrics
+            for picture in _draw(name.replace("_", " "), [(run.points(name), {"color": "C0"})])
+        ),
     ]
     profiles = []
     for name in sorted(glob.glob("line_profile/step-*.png", root_dir=run_dir)):

@@ -1,5 +1,6 @@
 """Training arguments that take `--optim alsals`."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,24 +10,16 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .optimizer import ALSALS, PRESETS
+from .loss_replay import check_probe_micro_batches
+from .mixin_base import ArgumentsMixinBase
+from .optimizer import ALSALS, check_hyperparameters
+from .presets import PRESETS, line_search_of
+from .schedule import DEFAULT_SCHEDULES
 
 logger = logging.getLogger(__name__)
 
-_OPTIM_ARGS = {
-    "growth": str,
-    "c": float,
-    "beta3": float,
-    "growth_factor": float,
-    "decrease_factor": float,
-    "initial_step_size": float,
-    "slope": str,
-    "search_interval": lambda text: text if text == "adaptive" else int(text),
-    "probe_micro_batches": int,
-}
-
-# What the training arguments call the arguments of ALSALS.
-_ARGUMENTS = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and adam_beta2"}
+# What the training arguments call the hyperparameters of ALSALS.
+_HYPERPARAMETERS = {"lr": "learning_rate", "eps": "adam_epsilon", "betas": "adam_beta1 and adam_beta2"}
 
 
 def defaults_of(optim: str) -> dict[str, Any]:
@@ -41,13 +34,13 @@ def defaults_of(optim: str) -> dict[str, Any]:
         }
     return {
         "learning_rate": 1.0,
-        "lr_scheduler_type": "warmup_stable_decay" if optim == "alsals" else "constant",
+        "lr_scheduler_type": DEFAULT_SCHEDULES[optim],
         "adam_beta1": PRESETS[optim].get("betas", (TrainingArguments.adam_beta1,))[0],
     }
 
 
 @dataclass
-class AlsalsArgumentsMixin:
+class AlsalsArgumentsMixin(ArgumentsMixinBase):
     """Makes any [`~transformers.TrainingArguments`] class take the optimizers of this package.
 
     Put it first: `class MyArguments(AlsalsArgumentsMixin, SFTConfig)`, with `@dataclass` above.
@@ -55,9 +48,8 @@ class AlsalsArgumentsMixin:
     Args:
         optim (`str`, defaults to the Trainer's own default): One of the Trainer's optimizers, or `"alsals"`,
             `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
-        optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: `growth`, `c`,
-            `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size`, `slope`, `search_interval` (see
-            [`ALSALS`]) and `probe_micro_batches` (see [`LossReplay`]).
+        optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: those of
+            [`ALSALS`] and `probe_micro_batches` of [`LossReplay`].
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
         lr_scheduler_type (`str`, *optional*): The schedule of that multiplier. If left out
@@ -109,23 +101,24 @@ class AlsalsArgumentsMixin:
                 )
             super().__post_init__()
             return
-        self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.23)
+        self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.24)
         super().__post_init__()
         self.optim = optim
+        # A bad value must show before the model is loaded.
+        hyperparameters = {"lr": self.learning_rate, "betas": (self.adam_beta1, self.adam_beta2)}
+        hyperparameters |= {"eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+        check_hyperparameters(hyperparameters, _HYPERPARAMETERS)
+        options = self._read_optim_args()
         try:
-            ALSALS([torch.empty(0)], **self.alsals_kwargs())  # a bad value must show before the model is loaded
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            if name in _OPTIM_ARGS:
-                raise ValueError(f"optim_args: {error}") from error
-            raise ValueError(f"{_ARGUMENTS.get(name, name)} {rest}") from error
-        if self.learning_rate < 0.1:
+            check_probe_micro_batches(options.pop("probe_micro_batches", None))
+            ALSALS([torch.empty(0)], **(PRESETS[optim] | options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optim_args: {error}") from error
+        if self.learning_rate is not None and self.learning_rate < 0.1:
             logger.warning(
                 f"learning_rate multiplies the step size that {optim} finds, and {self.learning_rate:g} makes it much "
                 "smaller: leave it out, or keep it near 1."
             )
-        if self.probe_micro_batches is not None and self.probe_micro_batches < 1:
-            raise ValueError(f"optim_args: probe_micro_batches must be at least 1, got {self.probe_micro_batches}.")
 
     @property
     def probe_micro_batches(self) -> int | None:
@@ -152,25 +145,26 @@ class AlsalsArgumentsMixin:
     def _read_optim_args(self) -> dict[str, Any]:
         if not isinstance(self.optim_args, (str, type(None))):
             raise TypeError(f'optim_args must be text like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
-        options = {}
+        # All line searches have the same options but for what another growth rule may add.
+        names = ["growth", "slope", "probe_micro_batches", *line_search_of(PRESETS[self.optim]["growth"]).options]
+        options: dict[str, Any] = {}
         for item in (self.optim_args or "").replace(" ", "").split(","):
             if not item:
                 continue
             key, separator, text = item.partition("=")
             if not separator:
                 raise ValueError(f'optim_args must look like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
-            if key not in _OPTIM_ARGS:
-                raise ValueError(
-                    f"optim_args has the unknown key {key!r}: {self.optim} takes {', '.join(_OPTIM_ARGS)}."
-                )
-            try:
-                options[key] = _OPTIM_ARGS[key](text)
-            except ValueError:
-                expected = {"search_interval": 'an int or "adaptive"', "probe_micro_batches": "an int"}.get(
-                    key, "a number"
-                )
-                raise ValueError(f"optim_args: {key} must be {expected}, got {text!r}.") from None
+            if key not in names:
+                raise ValueError(f"optim_args has the unknown key {key!r}: {self.optim} takes {', '.join(names)}.")
+            options[key] = _number_or_text(text)
         return options
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 @dataclass

@@ -1,0 +1,75 @@
+"""The first search: which step size training starts at. Numbers only, no torch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class InitialSearchResult:
+    """What [`InitialSearch`] found.
+
+    Args:
+        step_size (`float`): The largest step size found to be sufficient, 0.0 if none is.
+        reductions (`dict[float, float]`): The actual reduction at each step size that was probed, in that order.
+    """
+
+    step_size: float
+    reductions: dict[float, float]
+
+
+@dataclass(frozen=True)
+class InitialSearch:
+    """Search up and down for the largest step size whose reduction is at least `c` of the predicted one.
+
+    It doubles from the initial step size while the condition holds, or halves until it does, then closes in to a tenth
+    of a factor of two. Training starts at `share` of what it finds, for what a first batch allows is mostly noise.
+    Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
+    """
+
+    share: ClassVar[float] = 0.1
+    least_first_probe: ClassVar[float] = 0.1  # the reduction of a smaller step may be rounding
+    max_probes: ClassVar[int] = 30
+    largest_step_size: ClassVar[float] = 10.0  # Adam's direction is about 1 in every weight
+
+    def search(
+        self, loss: float, slope: float, probe: Callable[[float], float], c: float, initial_step_size: float
+    ) -> InitialSearchResult:
+        """Return the largest sufficient step size.
+
+        Args:
+            loss (`float`): Loss at step size 0.
+            slope (`float`): Decrease of the loss per unit of step size at step size 0. Unless it is positive and
+                finite, nothing is probed.
+            probe (`Callable[[float], float]`): Returns the loss at a step size.
+            c (`float`): Sufficient-decrease constant.
+            initial_step_size (`float`): The step size to begin at, doubled until it is at least 0.1.
+        """
+        reductions: dict[float, float] = {}
+
+        def is_sufficient(step_size: float) -> bool:
+            reductions[step_size] = reduction = loss - probe(step_size)
+            return math.isfinite(reduction) and reduction >= c * step_size * slope
+
+        if not 0 < slope < math.inf:
+            return InitialSearchResult(0.0, reductions)
+        limit = max(self.largest_step_size, initial_step_size)
+        trial = initial_step_size
+        while trial < self.least_first_probe:
+            trial *= 2
+        found = 0.0
+        if is_sufficient(trial):
+            found = trial
+            while 2 * found <= limit and is_sufficient(2 * found):
+                found *= 2
+        while found == 0 and len(reductions) < self.max_probes:
+            trial *= 0.5
+            found = trial if is_sufficient(trial) else 0.0
+        if found == 0:
+            shown = min((size for size, reduction in reductions.items() if reduction != 0), default=math.inf)
+            found = max((size for size in reductions if size < shown), default=0.0)
+        for fraction in (0.5, 0.25, 0.125) if found > 0 else ():
+            if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
+                found *= 2**fraction
+        return InitialSearchResult(found, reductions)

@@ -1,0 +1,39 @@
+"""What a Trainer logs of the search, beside the training loss."""
+
+from typing import Any
+
+from .mixin_base import TrainerMixinBase
+from .optimizer import ALSALS
+
+
+class SearchLogMixin(TrainerMixinBase):
+    """Adds step size, probes per step and what the line search says of itself to the Trainer's logs.
+
+    Attributes:
+        alsals (`ALSALS` or `None`): The optimizer, without Accelerate's wrapper, once training has begun.
+    """
+
+    alsals: ALSALS | None = None
+    _logged_probes = (0, 0)
+
+    def start_search_log(self) -> None:
+        """Count probes from this optimizer step on."""
+        assert self.alsals is not None
+        self._logged_probes = (self.state.global_step, self.alsals.search.total_probes)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with step size, slope, decrease, Armijo ratio, path slope and probes per step beside the training loss.
+
+        Args:
+            logs (`dict[str, float]`): The values to log.
+            args, kwargs: Passed on to the Trainer.
+        """
+        if self.alsals is not None and "learning_rate" in logs:
+            last_step, last_probes = self._logged_probes
+            self.start_search_log()
+            step, probes = self._logged_probes
+            logs["lr_multiplier"] = logs["learning_rate"]
+            logs["learning_rate"] = logs["step_size"] = self.alsals.step_size
+            logs |= self.alsals.line_search.metrics(self.alsals.search)
+            logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
+        super().log(logs, *args, **kwargs)

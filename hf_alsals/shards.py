@@ -1,0 +1,98 @@
+"""Tensors and what is asked of all of them: pieces to work on, sums over shards, scalars with one host-device sync."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this process has; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def grad_of(param: Tensor) -> Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert param.grad is not None
+    return param.grad
+
+
+def piece_size(tensor: Tensor) -> int:
+    """Return how many elements to work on at once: few enough for a CPU's cache, enough for a GPU to be busy."""
+    return 2**18 if tensor.device.type == "cpu" else 2**22
+
+
+def cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut the local shards of tensors of one shape into views of at most `piece_size` elements.
+
+    Args:
+        tensors (`Tensor`): The tensors. Unless all are contiguous they come whole.
+    """
+    shards = tuple(local_shard(tensor) for tensor in tensors)
+    count, limit = shards[0].numel(), piece_size(shards[0])
+    if count <= limit or not all(shard.is_contiguous() for shard in shards):
+        yield shards
+        return
+    flat = [shard.view(-1) for shard in shards]
+    for begin in range(0, count, limit):
+        yield tuple(shard[begin : begin + limit] for shard in flat)
+
+
+def sum_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Return the sum of scalars over all shards of all parameters, on the device of the first.
+
+    Args:
+        values (`Sequence[Tensor]`): Scalars, each computed from the local shard of a parameter.
+        params (`Sequence[Tensor]`): The parameter of each, some of which may be DTensors.
+    """
+    by_layout: dict[Any, list[Tensor]] = {}
+    for value, p in zip(values, params):
+        layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, p.device)
+        by_layout.setdefault(layout, []).append(value)
+    sums = []
+    for (mesh, placements), parts in by_layout.items():
+        part = torch.stack(parts).sum()
+        if mesh is not None:
+            partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
+        sums.append(part)
+    return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
+
+
+def nonfinite_flag(params: Sequence[Tensor]) -> Tensor:
+    """Return 0 if every element of every gradient is finite, on all shards, else NaN, a scalar.
+
+    Args:
+        params (`Sequence[Tensor]`): Parameters with gradients.
+    """
+    pieces = [(p, piece) for p in params for (piece,) in cut(grad_of(p)) if piece.numel() > 0]
+    # The norm is one kernel for many tensors on a GPU, and takes 18 times as long as aminmax on a CPU.
+    ends = [(p, end) for p, piece in pieces if piece.device.type == "cpu" for end in torch.aminmax(piece)]
+    others = [(p, piece) for p, piece in pieces if piece.device.type != "cpu"]
+    if others:
+        norms = torch._foreach_norm([piece for _, piece in others], math.inf)
+        ends += [(p, norm) for (p, _), norm in zip(others, norms, strict=True)]
+    return sum_over_shards([(0 * end).float() for _, end in ends], [p for p, _ in ends])
+
+
+def to_floats(values: Sequence[Tensor | float]) -> list[float]:
+    """Return scalars as floats, with one host-device sync for all that are on one device.
+
+    Args:
+        values (`Sequence[Tensor | float]`): Tensors of one element, or numbers.
+    """
+    numbers = list(values)
+    by_device: dict[torch.device, dict[int, Tensor]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, {})[i] = value
+    for tensors in by_device.values():
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in tensors.values()))
+        together = torch.stack([value.detach().reshape(()).to(dtype) for value in tensors.values()])
+        for i, number in zip(tensors, together.tolist(), strict=True):
+            numbers[i] = number
+    return [float(number) for number in numbers]
