@@ -15,6 +15,8 @@ class AdamDirection(Direction):
     `betas` and `eps` are those of the parameter group.
     """
 
+    name = "adam"
+    description = "Adam's direction"
     buffer_names = ("exp_avg", "exp_avg_sq")
 
     def accumulate(self, chunk: Chunk) -> None:

@@ -53,6 +53,7 @@ class Direction:
         state (`MutableMapping[Tensor, dict]`): The optimizer's state of each parameter.
 
     Attributes:
+        name, description (`str`): Its name in checkpoints, and in words, for a model card.
         params (`list[Tensor]`): The parameters with a gradient.
         multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
             it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
@@ -61,6 +62,8 @@ class Direction:
         RuntimeError: If a gradient is sparse.
     """
 
+    name: ClassVar[str]
+    description: ClassVar[str]
     buffer_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:

@@ -86,7 +86,7 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
         rows["share of the time in the search"] = f"{alsals.search_seconds / train_seconds:.0%}"
     lines = [
         "## Step size",
-        f"No learning rate was chosen: {growth.description} along Adam's direction "
+        f"No learning rate was chosen: {growth.description} along {alsals.direction.description} "
         "(ALSALS, [arXiv 2403.18519](https://arxiv.org/abs/2403.18519)).",
         "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]

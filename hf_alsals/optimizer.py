@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
@@ -86,8 +86,7 @@ class ALSALS(torch.optim.Optimizer):
             (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
         slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
             `"finite_difference"`; see [`Line`].
-        direction (`type[Direction]`, defaults to `AdamDirection`): The direction; called with parameter groups and
-            state.
+        direction (`type[Direction]`, defaults to `AdamDirection`): The direction.
         options: Options of the line search: `c`, `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size` and
             `search_interval`. Their meanings and defaults are those of `LINE_SEARCHES[growth]` and its parts.
 
@@ -143,7 +142,7 @@ class ALSALS(torch.optim.Optimizer):
         *,
         growth: str | LineSearch = "path",
         slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
-        direction: Callable[[list[dict[str, Any]], MutableMapping[Tensor, dict[str, Any]]], Direction] = AdamDirection,
+        direction: type[Direction] = AdamDirection,
         **options: Any,
     ) -> None:
         if slope not in SLOPES:
@@ -174,7 +173,7 @@ class ALSALS(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_hyperparameters(group)
-            if named := sorted({*self.line_search.options, "growth", "slope"} & set(group)):
+            if named := sorted({*self.line_search.options, "direction", "growth", "slope"} & set(group)):
                 raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
             for param in group["params"]:
                 if param.is_complex():
@@ -289,7 +288,7 @@ class ALSALS(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
-        search = self.line_search.state_dict(self.search) | {"growth": self.line_search.growth.name}
+        search = self.line_search.state_dict(self.search) | self._names()
         for group in self.param_groups:
             group.setdefault("peak_lr", 0.0)  # a sharded load fills only what is there
             group.update({f"search_{name}": value for name, value in search.items()})
@@ -309,10 +308,10 @@ class ALSALS(torch.optim.Optimizer):
         saved = state_dict["param_groups"][0]
         if "search_step_size" not in saved:
             raise ValueError("state_dict must be that of an ALSALS optimizer, got one without numbers of a search.")
-        growth = self.line_search.growth.name
-        if saved.get("search_growth", growth) != growth:
-            raise ValueError(f"growth must be {saved['search_growth']!r}, as in the state_dict, got {growth!r}.")
-        names = [*self.line_search.state_dict(self.search), "growth"]
+        for name, value in self._names().items():
+            if (other := saved.get(f"search_{name}", value)) != value:
+                raise ValueError(f"{name} must be {other!r}, as in the state_dict, got {value!r}.")
+        names = [*self.line_search.state_dict(self.search), *self._names()]
         if missing := [name for name in names if f"search_{name}" not in saved]:
             raise ValueError(f"state_dict must be of this version of hf_alsals, got one without {', '.join(missing)}.")
         search = self.line_search.load_state_dict({name: saved[f"search_{name}"] for name in names})
@@ -332,6 +331,9 @@ class ALSALS(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name in self._copied}
         return super().__getstate__() | own | {"pending": Pending()}
+
+    def _names(self) -> dict[str, str]:
+        return {"growth": self.line_search.growth.name, "direction": self.direction.name}
 
     def _take_pending(self, closure: Closure | None, loss: Tensor | float | None) -> Pending:
         pending = self.pending

@@ -31,7 +31,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_alsals import AlsalsArgumentParser, AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.trainer import last_whole_checkpoint
+from hf_alsals.checkpoint import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def check_output_dir(args: AlsalsTrainingArguments, overwrite: bool) -> None:
     """
     output_dir, checkpoint = args.output_dir, args.resume_from_checkpoint
     os.makedirs(output_dir, exist_ok=True)
-    last = last_whole_checkpoint(output_dir)
+    last = last_complete_checkpoint(output_dir)
     resumes = checkpoint is not None and checkpoint.lower() != "false"
     if resumes and checkpoint.lower() == "true":
         checkpoint = last  # from the first step if there is none

@@ -21,7 +21,10 @@ from study import HERE, mean_and_error, write
 from torch import Tensor
 from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_scheduler
 
-from hf_alsals.path_search import PathSearch
+from hf_alsals import LINE_SEARCHES
+from hf_alsals.direction import Direction
+from hf_alsals.line import Line
+from hf_alsals.shards import to_floats
 
 # Optimizers whose step is proportional to their learning rate, and the grid of each.
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {
@@ -45,8 +48,51 @@ class DirectionsArguments:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "The seeds of each run."})
 
 
+class OptimizerDirection(Direction):
+    """The step of an optimizer that is proportional to its learning rate, as a direction: its step at rate 1.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer, at learning rate 1 and without weight decay.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, optimizer.state)
+        self.optimizer = optimizer
+
+    def update(self) -> None:
+        """Take the step, note it, and take it back."""
+        self.starts = [p.clone() for p in self.params]
+        self.grads = [p.grad.clone() for p in self.params]
+        self.optimizer.step()
+        self.steps = [start - p for start, p in zip(self.starts, self.params, strict=True)]
+        self.restore()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the parameters are noted, as they are from `update` on."""
+        return True
+
+    def slope(self, momentum: bool = True) -> list[Tensor]:
+        """Return the parts of `<g, d>`, one for each parameter."""
+        return self.slope_along(self.steps)
+
+    def slope_along(self, displacement: list[Tensor]) -> list[Tensor]:
+        """Return the parts of `<g, displacement>`, one for each parameter."""
+        return [torch.sum(g * d) for g, d in zip(self.grads, displacement, strict=True)]
+
+    def restore(self) -> None:
+        """Put the parameters back to where they were before the step."""
+        for p, start in zip(self.params, self.starts, strict=True):
+            p.copy_(start)
+
+    def move(self, step_size: float) -> None:
+        """Move the parameters by `step_size` times the step."""
+        for p, start, d in zip(self.params, self.starts, self.steps, strict=True):
+            p.copy_(start - step_size * d)
+
+
 class SearchedStep:
-    """The step of any optimizer that is proportional to its learning rate, its size found by `PathSearch`.
+    """The step of any optimizer that is proportional to its learning rate, its size found by the search of `alsals`.
 
     Args:
         params (iterable): The parameters, all with a gradient.
@@ -56,36 +102,19 @@ class SearchedStep:
     def __init__(self, params: Iterable[Tensor], make: Callable[..., torch.optim.Optimizer]) -> None:
         self.params = list(params)
         self.optimizer = make(self.params, lr=1.0)
-        self.line_search = PathSearch()
-        self.first = [p.detach().clone() for p in self.params]
+        self.line_search = LINE_SEARCHES["path"]
+        self.search = self.line_search.init()
+        self.initial = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], loss: float, schedule: float) -> None:
         """Take a step; `schedule` multiplies the step size that is found."""
-        begin = [p.clone() for p in self.params]
-        gradients = [p.grad.clone() for p in self.params]
-        self.optimizer.step()
-        direction = [start - p for start, p in zip(begin, self.params, strict=True)]
-
-        def slope_along(way: list[Tensor]) -> float:
-            return sum(torch.sum(g * d).item() for g, d in zip(gradients, way, strict=True))
-
-        def move(step_size: float) -> None:
-            for p, start, d in zip(self.params, begin, direction, strict=True):
-                p.copy_(start - step_size * d)
-
-        def probe(step_size: float) -> float:
-            move(step_size)
-            return closure().item()
-
-        self.line_search.heed_schedule(schedule)
-        if not self.line_search.is_annealing:
-            self.line_search.follow(slope_along([w0 - w for w0, w in zip(self.first, begin, strict=True)]))
-        if self.line_search.is_due():
-            step_size = self.line_search.search(loss, slope_along(direction), probe)
-        else:
-            step_size = self.line_search.skip()
-        move(schedule * step_size)
+        direction = OptimizerDirection(self.optimizer)
+        direction.update()
+        path = direction.slope_along([w0 - w for w0, w in zip(self.initial, direction.starts, strict=True)])
+        with Line(direction, closure, loss) as line:
+            self.search = self.line_search.step(self.search, line, sum(to_floats(path)), schedule)
+            direction.move(schedule * self.search.taken)
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -124,7 +153,7 @@ def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[s
         losses.append(loss.item())
         if learning_rate is None:
             searched.step(closure, loss.item(), 1 - step / steps)
-            step_sizes.append(searched.line_search.step_size)
+            step_sizes.append(searched.search.step_size)
         else:
             optimizer.step()
             scheduler.step()
@@ -136,7 +165,7 @@ def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[s
         # Of the second quarter: found by then, and not annealed yet.
         result["step_size"] = statistics.median(step_sizes[steps // 4 : steps // 2])
         result["step_sizes"] = [float(f"{size:.3g}") for size in step_sizes[9::10]]
-        result["probes"] = searched.line_search.total_probes / steps
+        result["probes"] = searched.search.total_probes / steps
     return result
 
 
@@ -164,7 +193,8 @@ def row_of(rows: list[dict[str, Any]], name: str, searched: bool) -> dict[str, A
 def table(report: dict[str, Any]) -> str:
     """Return a Markdown table: a line for each optimizer."""
     lines = [
-        "| direction of | step size found | loss with the search | best learning rate | loss at it | probes a step |",
+        "| direction of | step size found | loss with the search | best learning rate | loss at it "
+        "| probes per step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["optimizer"] for row in report["rows"]):

@@ -114,7 +114,7 @@ def best(rows: list[dict[str, Any]], amplitude: float, frequency: float, optimiz
 def table(report: dict[str, Any]) -> str:
     """Return a Markdown table: a line for each landscape and optimizer."""
     lines = [
-        "| amplitude | frequency | optimizer | probes a step | probes a search | Armijo ratio | step size | jump |"
+        "| amplitude | frequency | optimizer | probes per step | probes a search | Armijo ratio | step size | jump |"
         " clean validation loss | accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

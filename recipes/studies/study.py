@@ -90,13 +90,12 @@ def train(
             records.append({"loss": loss.item()})
         else:
             optimizer.step(partial(loss_of, batch), loss)
-            predicted = optimizer.step_size * optimizer.slope
             record = {"loss": loss.item(), "step_size": optimizer.step_size, "probes": optimizer.probes}
             record["searched"] = optimizer.searched
-            record["ratio"] = optimizer.decrease / predicted if optimizer.searched and predicted > 0 else math.nan
-            if optimizer.growth == "path":
-                record["path_slope"] = optimizer.line_search.path_slope
-            records.append(record)
+            predicted = optimizer.step_size * optimizer.slope
+            has_ratio = optimizer.searched and predicted > 0
+            record["ratio"] = optimizer.actual_reduction / predicted if has_ratio else math.nan
+            records.append(record | optimizer.line_search.growth.metrics(optimizer.search.growth))
         scheduler.step()
     return records
 
