@@ -9,7 +9,7 @@ from .interval import EverySteps
 from .line_search import LineSearch
 
 # Raised whenever a preset takes other steps than before, so that results name the method that they are of.
-METHOD_VERSION = 5
+METHOD_VERSION = 8
 
 # The line search of each kind of growth, with the default of each option.
 LINE_SEARCHES: dict[str, LineSearch] = {

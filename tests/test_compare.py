@@ -1,144 +1,308 @@
-import importlib.util
-import json
+import importlib
 import math
+import os
+import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parent.parent / "recipes" / "benchmarks" / "compare.py"
-spec = importlib.util.spec_from_file_location("compare", PATH)
-compare = importlib.util.module_from_spec(spec)
-sys.modules["compare"] = compare
-spec.loader.exec_module(compare)
+BENCHMARKS = Path(__file__).parent.parent / "recipes" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+compare, matrix, runs, tables = map(importlib.import_module, ("compare", "matrix", "runs", "tables"))
+
+DIGITS = "python recipes/run_image_classification.py --num_train_epochs 3"
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
+    compare.main()
 
 
 def test_a_matrix_is_run_once_and_grown(monkeypatch, tmp_path, capsys):
-    task = compare.Task("run_image_classification.py", max_steps=4, learning_rates=(1e-4, 1e-2, 1e-3))
-    monkeypatch.setattr(compare, "TASKS", {"digits": task})
+    task = matrix.Task("run_image_classification.py", max_steps=4, learning_rates=(1e-4, 1e-2, 1e-3))
+    monkeypatch.setattr(matrix, "TASKS", {"digits": task})
     results = tmp_path / "results"
+    flags = ["--tasks", "digits", "--results", results, "--jobs", 2, "--seeds"]
 
-    def main(*seeds):
-        flags = ["--tasks", "digits", "--results", str(results), "--seeds", *seeds, "--jobs", "2"]
-        monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
-        compare.main()
-        return {path.name: path.read_text() for path in results.iterdir()}
-
-    first = main("1")
-    runs = {name: json.loads(text) for name, text in first.items()}
-    assert set(runs) == {"digits-alsals-seed1.json"} | {
-        f"digits-adamw-{rate}-seed1.json" for rate in ("0.0001", "0.001", "0.01")
-    }
+    run_main(monkeypatch, *flags, 1)
+    first = (results / "runs.jsonl").read_text()
+    by_optimizer = {(one["options"]["optim"], one["options"].get("learning_rate")): one for one in runs.load(results)}
+    assert set(by_optimizer) == {("alsals", None), *(("adamw_torch", rate) for rate in (1e-4, 1e-3, 1e-2))}
     assert capsys.readouterr().out.count(" seed 1: ") == 4
-    assert tmp_path.joinpath("results.png").stat().st_size > 10_000
-    run = runs["digits-adamw-0.01-seed1.json"]
+    assert (results / "compare.png").stat().st_size > 10_000
+    assert str(tmp_path) not in first
+    run, ours = by_optimizer["adamw_torch", 1e-2], by_optimizer["alsals", None]
     assert "--learning_rate 0.01 --lr_scheduler_type cosine" in run["command"]
-    assert str(tmp_path) not in json.dumps(runs)
-    assert [entry["step"] for entry in run["curve"]] == [1]
-    assert [one["warnings"] for one in runs.values()] == [[]] * 4
-    assert run["revision"] and run["versions"]["torch"] and run["results"]["train_runtime"] > 0
+    assert run["options"] == matrix.options_of(run["command"])
+    assert [entry["step"] for entry in runs.load_curves(results)[run["key"]]] == [1]
+    assert [one["warnings"] for one in by_optimizer.values()] == [[]] * 4
+    assert run["revision"] and set(run["versions"]) == {"torch", "transformers", "hf_alsals"}
+    assert run["seconds"] > run["results"]["train_runtime"] > 0
+    assert ours["method_version"] == matrix.METHOD_VERSION and "method_version" not in run
+    assert ours["probes_per_step"] > 0 and "probes_per_step" not in run
 
-    second = main("1", "2")
-    assert {name: second[name] for name in first} == first
-    by_loss = sorted(
-        (1e-4, 1e-3, 1e-2), key=lambda rate: runs[f"digits-adamw-{rate:g}-seed1.json"]["results"]["eval_loss"]
+    run_main(monkeypatch, *flags, 1, 2)
+    assert (results / "runs.jsonl").read_text().startswith(first)
+    by_loss = sorted((1e-4, 1e-3, 1e-2), key=lambda rate: by_optimizer["adamw_torch", rate]["results"]["eval_loss"])
+    grown = [one["options"] for one in runs.load(results)][4:]
+    assert {one["seed"] for one in grown} == {2}
+    assert {one.get("learning_rate") for one in grown} == {None, *by_loss[:2]}
+    assert len(grown) == 3
+
+
+def test_a_run_is_found_by_its_key_and_not_by_its_name(monkeypatch, tmp_path):
+    task = matrix.Task("run_image_classification.py", max_steps=2)
+    monkeypatch.setattr(matrix, "TASKS", {"digits": task})
+    monkeypatch.setattr(matrix, "OPTIMIZERS", {"alsals": "--optim alsals"})
+    run_main(monkeypatch, "--optimizers", "alsals", "--seeds", 1, "--results", tmp_path)
+    (first,) = runs.load(tmp_path)
+
+    monkeypatch.setattr(matrix, "TASKS", {"scans": task})
+    monkeypatch.setattr(matrix, "OPTIMIZERS", {"of another name": "--optim adamw_torch --optim alsals"})
+    run_main(monkeypatch, "--tasks", "scans", "--optimizers", "of another name", "--seeds", 1, "--results", tmp_path)
+    assert runs.load(tmp_path) == [first]
+
+    monkeypatch.setattr(matrix, "METHOD_VERSION", matrix.METHOD_VERSION + 1)
+    run_main(monkeypatch, "--tasks", "scans", "--optimizers", "of another name", "--seeds", 1, "--results", tmp_path)
+    assert [one["method_version"] - first["method_version"] for one in runs.load(tmp_path)] == [0, 1]
+
+
+def key_of(command):
+    options = matrix.options_of(command)
+    return matrix.key_of(options, matrix.version_of(options))
+
+
+def test_a_key_is_the_same_in_any_order_of_the_flags_and_the_later_flag_counts():
+    command = f"{DIGITS} --optim alsals --optim_args c=0.5 --seed 1"
+    assert key_of(command) == (
+        "run_image_classification.py num_train_epochs=3 optim=alsals optim_args=c=0.5 seed=1"
+        f" method_version={matrix.METHOD_VERSION}"
     )
-    grown = {"digits-alsals-seed2.json"} | {f"digits-adamw-{rate:g}-seed2.json" for rate in by_loss[:2]}
-    assert set(second) - set(first) == grown
+    for same in (
+        "python recipes/run_image_classification.py --seed 1 --optim_args c=0.5 --optim alsals --num_train_epochs 3",
+        f"{DIGITS} --optim adamw_torch --seed 7 --optim alsals --optim_args c=0.5 --seed 1",
+        f"{command} --output_dir out --save_strategy no --report_to none",
+    ):
+        assert key_of(same) == key_of(command)
+    for other in (f"{command} --seed 2", f"{command} --weight_decay 0", command.replace("image_class", "t5_m")):
+        assert key_of(other) != key_of(command)
+    assert key_of(f"{DIGITS} --learning_rate 1e-3") == key_of(f"{DIGITS} --learning_rate 0.001")
 
 
-@pytest.mark.parametrize("name", compare.PEERS)
-def test_a_rival_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
-    task = compare.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
-    monkeypatch.setattr(compare, "TASKS", {"digits": task})
-    flags = ["--tasks", "digits", "--optimizers", name, "--seeds", "1", "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
-    compare.main()
-    (path,) = (tmp_path / "results").iterdir()
-    run = json.loads(path.read_text())
-    assert f"recipes/benchmarks/peer.py {compare.PEERS[name]} recipes/run_image_classification.py" in run["command"]
+def test_only_optimizers_of_this_package_have_a_version_and_each_implementation_a_key():
+    versions = {name: key_of(matrix.command_of("digits", name, 1e-3, 1)) for name in matrix.OPTIMIZERS}
+    ours = {name for name, key in versions.items() if "method_version" in key}
+    assert ours == {name for name in versions if name.startswith(("alsals", "salsa", "adam_sls"))}
+    assert "optimizer=pytorch_optimizer.Lamb" in versions["lamb"]
+    launch = "python recipes/benchmarks/baseline.py"
+    assert key_of(f"{launch} Lamb recipes/run_mlm.py") != key_of(f"{launch} Prodigy recipes/run_mlm.py")
+
+
+@pytest.mark.parametrize("name", matrix.BASELINES)
+def test_a_baseline_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
+    task = matrix.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
+    monkeypatch.setattr(matrix, "TASKS", {"digits": task})
+    run_main(monkeypatch, "--optimizers", name, "--seeds", 1, "--results", tmp_path)
+    (run,) = runs.load(tmp_path)
+    launcher = f"recipes/benchmarks/baseline.py {matrix.BASELINES[name]} recipes/run_image_classification.py"
+    assert launcher in run["command"]
     assert run["results"]["eval_loss"] > 0
 
 
-def test_the_optimizer_of_a_rival_is_that_of_its_name(tmp_path):
+def test_the_optimizer_of_a_baseline_is_that_of_its_name(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, types\nfrom hf_alsals import AlsalsTrainer\nargs = types.SimpleNamespace(learning_rate=0.5)\n"
         "optimizer, kwargs = AlsalsTrainer.get_optimizer_cls_and_kwargs(args)\n"
         "print(optimizer.__name__, kwargs, sys.argv[1:])\n"
     )
-    command = [sys.executable, PATH.parent / "peer.py", "Lamb", script, "--seed", "3"]
+    command = [sys.executable, BENCHMARKS / "baseline.py", "Lamb", script, "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Lamb {'lr': 0.5} ['--seed', '3']"
 
 
 def test_fewer_steps_are_a_share_of_them():
-    assert compare.Task("run_clm.py", max_steps=600).length(0.95) == "--max_steps 570"
-    assert compare.Task("run_clm.py").length(0.95) == "--num_train_epochs 2.85"
+    assert matrix.Task("run_clm.py", max_steps=600).length(0.95) == "--max_steps 570"
+    assert matrix.Task("run_clm.py").length(0.95) == "--num_train_epochs 2.85"
 
 
-def row(optimizer, learning_rate, loss, seed):
-    run = {"task": "bert-mlm", "optimizer": optimizer, "learning_rate": learning_rate, "seed": seed}
-    run["command"] = compare.OPTIMIZERS[optimizer]
-    curve = [{"step": 1, "probes": 9}, {"step": 5, "probes": 1}] if optimizer == "alsals" else []
-    return run | {"results": {"eval_loss": loss}, "curve": curve}
+def test_threads_that_append_lose_no_run_and_no_curve(tmp_path):
+    curve = [{"step": step, "loss": 1 / 3} for step in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: runs.append(tmp_path, {"key": str(i)}, curve), range(40)))
+    assert sorted(int(run["key"]) for run in runs.load(tmp_path)) == list(range(40))
+    assert runs.load_curves(tmp_path) == {str(i): curve for i in range(40)}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "curves.jsonl.xz"}
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_a_benchmark_that_is_killed_leaves_whole_files(dies_at, monkeypatch, tmp_path):
+    runs.append(tmp_path, {"key": "a"}, [{"step": 1}])
+    calls = []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        os.rename(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            runs.append(tmp_path, {"key": "b"}, [{"step": 2}])
+    assert runs.load(tmp_path) == [{"key": "a"}]
+    assert runs.load_curves(tmp_path)["a"] == [{"step": 1}]
+    runs.append(tmp_path, {"key": "b"}, [{"step": 2}])
+    assert runs.load(tmp_path) == [{"key": "a"}, {"key": "b"}]
+    assert runs.load_curves(tmp_path)["b"] == [{"step": 2}]
+
+
+def run_of(optimizer, learning_rate, loss, seed, task="bert-mlm", version=matrix.METHOD_VERSION):
+    options = matrix.options_of(matrix.command_of(task, optimizer, learning_rate, seed))
+    run = {"options": options, "results": {"eval_loss": loss}}
+    if matrix.version_of(options) is not None:
+        run |= {"method_version": version, "probes_per_step": 2.6}
+    return run
+
+
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith("| ")][2:]
+
+
+def test_probes_per_step_are_those_of_the_logs_by_their_lengths():
+    assert tables.probes_per_step([{"step": 1, "probes": 9}, {"step": 5, "probes": 1}]) == pytest.approx(2.6)
 
 
 def test_means_have_their_standard_error_and_one_lucky_seed_does_not_win():
     losses = [2.0, 2.5, 2.1]
-    runs = [row("adamw", 1e-3, loss, seed) for seed, loss in enumerate(losses, 1)]
-    runs += [row("adamw", 3e-3, 1.9, 1), row("adamw", 1e-2, math.nan, 1), row("alsals", None, 2.2, 1)]
-    rows = compare.summarize(runs)
-    best = compare.chosen_row(rows, "bert-mlm", "adamw")
+    mine = [run_of("adamw", 1e-3, loss, seed) for seed, loss in enumerate(losses, 1)]
+    mine += [run_of("adamw", 3e-3, 1.9, 1), run_of("adamw", 1e-2, math.nan, 1), run_of("alsals", None, 2.2, 1)]
+    rows = tables.summarize(mine)
+    best = tables.chosen_row(rows, "bert-mlm", "adamw")
     assert best["learning_rate"] == 1e-3
     assert best["eval_loss"] == pytest.approx(2.2)
     assert best["eval_loss_error"] == pytest.approx(math.sqrt(statistics.variance(losses) / 3))
-    assert [one["learning_rate"] for one in compare.best_rows(rows, "bert-mlm", "adamw")] == [3e-3, 1e-3, 1e-2]
-    assert compare.table(rows, compare.OPTIMIZERS).splitlines()[2:] == [
-        "| bert-mlm | alsals | none chosen | 1 | 2.200 |  | 2.60 |",
+    assert [one["learning_rate"] for one in tables.best_rows(rows, "bert-mlm", "adamw")] == [3e-3, 1e-3, 1e-2]
+    assert rows_of(tables.table(rows, matrix.OPTIMIZERS)) == [
+        "| bert-mlm | alsals | untuned | 1 | 2.200 |  | 2.60 |",
         "| bert-mlm | adamw | 0.001, best of 3 | 3 | 2.200 ± 0.153 |  |  |",
+    ]
+    front = [line for line in rows_of(tables.front_table(rows)) if "BERT, masked" in line]
+    assert front == ["| BERT, masked words | 2.200 (1 seed) | 2.200 ± 0.153 (3 seeds, at 0.001) |  |"]
+
+
+def test_versions_are_never_mixed_and_the_newest_is_shown_with_its_own_seeds():
+    today = matrix.METHOD_VERSION
+    mine = [run_of("alsals", None, 1.0, seed, version=today - 2) for seed in (1, 2, 3)]
+    mine += [run_of("alsals", None, loss, seed, version=today - 1) for seed, loss in ((1, 2.0), (2, 3.0))]
+    mine += [run_of("alsals, linear", None, 1.0, 1), run_of("alsals, linear", None, 9.0, 2, version=today - 1)]
+    rows = tables.summarize(mine)
+    assert rows_of(tables.table(rows, matrix.OPTIMIZERS)) == [
+        f"| bert-mlm | alsals (version {today - 1}) | untuned | 2 | 2.500 ± 0.500 |  | 2.60 |",
+        "| bert-mlm | alsals, linear | untuned | 1 | 1.000 |  | 2.60 |",
+    ]
+    assert f"| 2.500 ± 0.500 (2 seeds, version {today - 1}) |" in tables.front_table(rows)
+    assert str(today) in tables.table(rows, matrix.OPTIMIZERS).splitlines()[0]
+
+
+def test_runs_of_other_options_are_no_seeds_of_a_row():
+    mine = [run_of("alsals", None, 1.0, 1), run_of("alsals", None, 3.0, 2)]
+    mine[1]["options"]["weight_decay"] = 0.1
+    assert rows_of(tables.table(tables.summarize(mine), matrix.OPTIMIZERS)) == [
+        "| bert-mlm | alsals | untuned | 1 | 1.000 |  | 2.60 |"
     ]
 
 
-def test_a_row_by_other_flags_than_todays_says_so():
-    today, before = row("alsals, linear", None, 2.0, 1), row("alsals, cosine", None, 2.0, 1)
-    before["command"] = "python recipes/run_mlm.py --optim alsals --seed 1"
-    lines = compare.table(compare.summarize([today, before]), compare.OPTIMIZERS).splitlines()[2:]
-    assert [line.split(" | ")[1] for line in lines] == ["alsals, linear", "alsals, cosine (by other flags)"]
-
-
 def test_of_equal_metrics_the_lower_loss_is_better():
-    runs = [row("adamw", rate, loss, 1) | {"task": "digits"} for rate, loss in ((1e-3, 0.4), (3e-3, 0.3), (6e-3, 0.1))]
-    for run, accuracy in zip(runs, (0.9, 0.9, 0.8), strict=True):
+    mine = [run_of("adamw", rate, loss, 1, "digits") for rate, loss in ((1e-3, 0.4), (3e-3, 0.3), (6e-3, 0.1))]
+    for run, accuracy in zip(mine, (0.9, 0.9, 0.8), strict=True):
         run["results"]["eval_accuracy"] = accuracy
-    rows = compare.summarize(runs)
-    assert [one["learning_rate"] for one in compare.best_rows(rows, "digits", "adamw")] == [3e-3, 1e-3, 6e-3]
+    rows = tables.summarize(mine)
+    assert [one["learning_rate"] for one in tables.best_rows(rows, "digits", "adamw")] == [3e-3, 1e-3, 6e-3]
+
+
+def test_a_page_is_rewritten_between_its_markers_only(tmp_path):
+    page = tmp_path / "README.md"
+    text = "a\n<!-- table: start -->{}<!-- table: end -->\nb\n<!-- other: start -->\nc\n<!-- other: end -->\n"
+    page.write_text(text.format("\nold\n"))
+    for _ in range(2):
+        tables.fill(str(page), "table", r"new \1")
+        tables.fill(str(page), "missing", "never")
+        assert page.read_text() == text.format("\n\nnew \\1\n\n")
+    tables.fill(str(tmp_path / "none.md"), "table", "never")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_the_front_page_is_filled_from_the_committed_runs_only(monkeypatch, tmp_path):
+    committed = tmp_path / "recipes" / "benchmarks"
+    committed.mkdir(parents=True)
+    for name in ("runs.jsonl", "curves.jsonl.xz"):
+        (committed / name).write_bytes((BENCHMARKS / name).read_bytes())
+    front, page = tmp_path / "README.md", committed / "README.md"
+    empty = "before\n<!-- results: start --><!-- results: end -->\nafter\n"
+    front.write_text(empty)
+    page.write_text("<!-- table: start --><!-- table: end -->")
+    monkeypatch.setattr(compare, "ROOT", str(tmp_path))
+    run_main(monkeypatch, "--tasks", "none", "--results", committed)
+    assert front.read_text() == empty
+    assert "| digits | alsals" in page.read_text()
+
+    monkeypatch.setattr(compare, "HERE", str(committed))
+    run_main(monkeypatch, "--tasks", "none", "--results", committed)
+    text = front.read_text()
+    assert text.startswith("before\n<!-- results: start -->") and text.endswith("<!-- results: end -->\nafter\n")
+    assert 5 < len(rows_of(text)) <= 10
+    assert (committed / "readme.png").stat().st_size > 10_000
+
+
+def test_the_committed_runs_and_curves_agree():
+    mine = runs.load(BENCHMARKS)
+    keys = [run["key"] for run in mine]
+    assert len(set(keys)) == len(keys) >= 312
+    assert set(runs.load_curves(BENCHMARKS)) == set(keys)
+    names = matrix.names()
+    for run in mine:
+        assert run["key"] == matrix.key_of(run["options"], run.get("method_version"))
+        assert matrix.row_of(run["options"]) in names
+        # What a command does not say was a default of its revision.
+        assert matrix.options_of(run["command"]).items() <= run["options"].items()
+        assert ("method_version" in run) == (matrix.version_of(run["options"]) is not None)
+        assert run.get("method_version", 0) <= matrix.METHOD_VERSION
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_runs():
+    rows = tables.summarize(runs.load(BENCHMARKS))
+    page = (BENCHMARKS / "README.md").read_text()
+    for name, optimizers in (
+        ("table", [name for name in matrix.OPTIMIZERS if name not in matrix.VARIANTS]),
+        ("variants", matrix.VARIANTS),
+    ):
+        (text,) = re.findall(f"<!-- {name}: start -->(.*?)<!-- {name}: end -->", page, re.DOTALL)
+        assert text.strip() == tables.table(rows, optimizers)
 
 
 @pytest.mark.parametrize(
     ("flag", "value"), [("--tasks", "mnist"), ("--optimizers", "sgd"), ("--jobs", "0"), ("--data_dir", "nowhere")]
 )
 def test_a_wrong_argument_is_named_with_its_value(flag, value, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--results", str(tmp_path), flag, value])
     with pytest.raises(SystemExit):
-        compare.main()
+        run_main(monkeypatch, "--results", tmp_path, flag, value)
     message = capsys.readouterr().err.splitlines()[-1]
     assert flag[2:] in message and value in message
 
 
 def test_a_run_that_fails_does_not_end_the_matrix(monkeypatch, tmp_path, capsys):
-    tasks = {
-        "digits": compare.Task("run_image_classification.py", max_steps=2),
-        "broken": compare.Task("run_image_classification.py", "--image_size 1", 2),
-    }
-    monkeypatch.setattr(compare, "TASKS", dict(reversed(tasks.items())))
-    flags = ["--tasks", "broken", "digits", "--optimizers", "alsals", "--seeds", "1", "--results", str(tmp_path / "r")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+    broken = matrix.Task("run_image_classification.py", "--image_size 1", 2)
+    digits = matrix.Task("run_image_classification.py", max_steps=2)
+    monkeypatch.setattr(matrix, "TASKS", {"broken": broken, "digits": digits})
     with pytest.raises(SystemExit, match="1 runs failed"):
-        compare.main()
-    assert [path.name for path in (tmp_path / "r").iterdir()] == ["digits-alsals-seed1.json"]
+        run_main(monkeypatch, "--optimizers", "alsals", "--seeds", 1, "--results", tmp_path)
+    (run,) = runs.load(tmp_path)
+    assert "image_size" not in run["options"]
     captured = capsys.readouterr()
     assert "image_size must be at least 8, got 1" in captured.err
-    assert "| digits | alsals | none chosen | 1 |" in captured.out
+    assert "| digits | alsals | untuned | 1 |" in captured.out

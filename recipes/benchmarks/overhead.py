@@ -30,9 +30,9 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
 
 import hf_alsals.optimizer
-from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.callbacks import alsals_of
-from hf_alsals.direction import AdamDirection
+from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments, LossReplay
+from hf_alsals.direction import Direction
+from hf_alsals.optimizer import unwrap_alsals
 
 # A constant schedule, because nothing is searched while it anneals.
 EVERY_STEP = {"optim": "alsals", "optim_args": "search_interval=1", "lr_scheduler_type": "constant"}
@@ -111,9 +111,9 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if state.global_step > self.warmup:
             self.steps.append((self.begin, mark()))
-            alsals = alsals_of(optimizer)
+            alsals = unwrap_alsals(optimizer)
             self.probes.append(alsals.probes if alsals else 0)
-            self.annealing.append(alsals.line_search.is_annealing if alsals else False)
+            self.annealing.append(alsals.search.is_annealing if alsals else False)
 
 
 def mark() -> Any:
@@ -212,13 +212,13 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
         parts = {
             "forward": (trainer, "compute_loss"),
             "backward": (trainer.accelerator, "backward"),
-            "moments": (AdamDirection, "__init__"),
-            "slope": (AdamDirection, "slope"),
+            "moments": (Direction, "update"),
+            "slope": (Direction, "slope"),
             "path slope": (hf_alsals.optimizer, "path_slope"),
-            "start point": (AdamDirection, "remember"),
-            "moves": (AdamDirection, "move"),
-            "probes": (trainer, "_replay_loss"),
-            "host waits": (hf_alsals.optimizer, "read"),
+            "start point": (Direction, "save"),
+            "moves": (Direction, "_move"),
+            "probes": (LossReplay, "__call__"),
+            "host-device sync": (hf_alsals.optimizer, "to_floats"),
         }
         with marked(watch.parts, parts):
             trainer.train()
@@ -314,7 +314,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
-        "| processes | micro-batches | optimizer | step, ms | times adamw_torch_fused | probes a step "
+        "| processes | micro-batches | optimizer | step, ms | times adamw_torch_fused | probes per step "
         "| peak memory, times |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -1,0 +1,228 @@
+"""Tables and pictures of the runs, and the pages that they go into."""
+
+import math
+import os
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import matrix
+from matplotlib.figure import Figure
+
+from hf_alsals.presets import METHOD_VERSION
+
+# The rows of the front page's table: what AdamW was run on at the library's default, and the two longest runs.
+FRONT = {
+    "gpt2-shakespeare": "GPT-2, tinyshakespeare, 600 steps",
+    "gpt2-3000": "GPT-2, tinyshakespeare, 3000 steps",
+    "gpt2-reference": "GPT-2, Python's language reference",
+    "t5": "T5, span corruption",
+    "bert-mlm": "BERT, masked words",
+    "topics": "BERT, topic of a paragraph",
+    "sst2": "MiniLM, fine-tuned on SST-2",
+    "cifar10": "ResNet, CIFAR-10",
+    "digits": "ResNet, handwritten digits",
+    "digits-long": "ResNet, handwritten digits, 20 times through",
+}
+FRONT_PICTURE = "t5"
+
+
+def probes_per_step(curve: list[dict[str, Any]]) -> float:
+    """Return the probes per optimizer step of a run, whose logs have those per step since the log before."""
+    steps = [0, *(entry["step"] for entry in curve)]
+    return sum(entry["probes"] * (step - last) for entry, last, step in zip(curve, steps, steps[1:])) / steps[-1]
+
+
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for all runs that differ by nothing but the seed: means, and standard errors over seeds."""
+    names = matrix.names()
+    groups = defaultdict(list)
+    for run in runs:
+        shared = {name: value for name, value in run["options"].items() if name != "seed"}
+        groups[matrix.key_of(shared, run.get("method_version"))].append(run)
+    rows = []
+    for group in groups.values():
+        options = group[0]["options"]
+        task, optimizer = names.get(matrix.row_of(options), (None, None))
+        if task is None:  # of a task or an optimizer that is no longer in the matrix
+            continue
+        has_grid = "{learning_rate}" in matrix.OPTIMIZERS[optimizer]
+        row = {"task": task, "optimizer": optimizer, "seeds": len(group), "runs": group}
+        row["learning_rate"] = options["learning_rate"] if has_grid else None
+        row["method_version"] = group[0].get("method_version")
+        for metric in ("eval_loss", "eval_accuracy", "eval_matthews_correlation"):
+            values = [run["results"][metric] for run in group if metric in run["results"]]
+            if values:
+                row[metric] = statistics.mean(values)
+            if len(values) > 1:
+                row[f"{metric}_error"] = statistics.stdev(values) / math.sqrt(len(values))
+        probes = [run["probes_per_step"] for run in group if "probes_per_step" in run]
+        if probes:
+            row["probes_per_step"] = statistics.mean(probes)
+        rows.append(row)
+    return rows
+
+
+def best_rows(rows: list[dict[str, Any]], task: str, optimizer: str) -> list[dict[str, Any]]:
+    """Return an optimizer's rows of its newest version on a task, the best first; of those that are equal, by loss."""
+    mine = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
+    newest = max((row["method_version"] or 0 for row in mine), default=0)
+    sign = -1 if matrix.TASKS[task].higher_is_better else 1
+
+    def rank(row: dict[str, Any]) -> tuple[float, ...]:
+        values = (sign * row[matrix.TASKS[task].metric], row["eval_loss"])
+        return tuple(value if math.isfinite(value) else math.inf for value in values)
+
+    return sorted((row for row in mine if (row["method_version"] or 0) == newest), key=rank)
+
+
+def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[str, Any] | None:
+    """Return the row of an optimizer's best learning rate on a task, of those that were run on the most seeds."""
+    mine = best_rows(rows, task, optimizer)
+    # A learning rate that was run on one seed only does not win over one of three by luck.
+    most = max((row["seeds"] for row in mine), default=0)
+    return next((row for row in mine if row["seeds"] == most), None)
+
+
+def _with_error(row: dict[str, Any], metric: str) -> str:
+    error = f" ± {row[f'{metric}_error']:.3f}" if f"{metric}_error" in row else ""
+    return f"{row[metric]:.3f}{error}" if metric in row else ""
+
+
+def _mark(row: dict[str, Any]) -> str:
+    is_today = row["method_version"] in (None, METHOD_VERSION)
+    return "" if is_today else f"version {row['method_version']}"
+
+
+ACCURACY = "accuracy (cola: Matthews correlation)"
+COLUMNS = ("task", "optimizer", "learning rate", "seeds", "loss", ACCURACY, "probes per step")
+
+
+def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
+    """Return a Markdown table: a line for each task and optimizer, at its best learning rate."""
+    lines = [
+        f"Rows marked with a version were run by that version of the method; today's is {METHOD_VERSION}.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- " * len(COLUMNS) + "|",
+    ]
+    for task in matrix.TASKS:
+        for optimizer in optimizers:
+            row = chosen_row(rows, task, optimizer)
+            if row is None:
+                continue
+            name = f"{optimizer} ({_mark(row)})" if _mark(row) else optimizer
+            rate = "untuned"
+            if row["learning_rate"] is not None:
+                rate = f"{row['learning_rate']:g}, best of {len(best_rows(rows, task, optimizer))}"
+            score = _with_error(row, "eval_accuracy") or _with_error(row, "eval_matthews_correlation")
+            loss = _with_error(row, "eval_loss")
+            probes = f"{row['probes_per_step']:.2f}" if "probes_per_step" in row else ""
+            lines.append(f"| {task} | {name} | {rate} | {row['seeds']} | {loss} | {score} | {probes} |")
+    return "\n".join(lines)
+
+
+def front_table(rows: list[dict[str, Any]]) -> str:
+    """Return the Markdown table of the front page: validation losses of alsals and of AdamW, tuned and not."""
+    lines = [
+        "Validation loss, mean ± standard error. Losses marked with a version were reached by that version of the"
+        f" method; today's is {METHOD_VERSION}.",
+        "",
+        "| task | `alsals` | AdamW, best learning rate | AdamW as it comes (5e-5) |",
+        "| --- | --- | --- | --- |",
+    ]
+
+    def cell(task: str, optimizer: str) -> str:
+        row = chosen_row(rows, task, optimizer)
+        if row is None:
+            return ""
+        rate = "" if row["learning_rate"] is None else f"at {row['learning_rate']:g}"
+        seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+        return f"{_with_error(row, 'eval_loss')} ({', '.join(filter(None, (seeds, rate, _mark(row))))})"
+
+    for task, title in FRONT.items():
+        cells = [cell(task, optimizer) for optimizer in ("alsals", "adamw", "adamw, library default")]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fill(path: str, name: str, text: str) -> None:
+    """Put a text between the markers of a name in a page; one that has none of them, or is not there, stays."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        page = file.read()
+    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+    between = re.compile(f"(?<={re.escape(start)}).*?(?={re.escape(end)})", re.DOTALL)
+    filled = between.sub(lambda match: f"\n\n{text}\n\n", page)
+    if filled != page:
+        with open(path + ".part", "w") as file:
+            file.write(filled)
+        os.replace(path + ".part", path)
+
+
+def _plot(curve: list[dict[str, Any]], loss_axes: Any, size_axes: Any, **style: Any) -> None:
+    steps = [entry["step"] for entry in curve]
+    # By steps and not by logs, of which some runs have one in ten steps and some one in fifty.
+    losses = [statistics.mean(entry["loss"] for entry in curve if step - 50 < entry["step"] <= step) for step in steps]
+    sizes = [entry.get("learning_rate", 0) * entry.get("lr_multiplier", 1) for entry in curve]
+    loss_axes.plot(steps, losses, **style)
+    size_axes.plot(*zip(*((step, size) for step, size in zip(steps, sizes) if size > 0)), **style)
+
+
+def _finish(loss_axes: Any, size_axes: Any) -> None:
+    size_axes.set_yscale("log")
+    # The last steps of a schedule are next to nothing, and would take most of the axis.
+    size_axes.set_ylim(bottom=max(max(line.get_ydata()) for line in size_axes.lines) / 1000)
+    for axes in (loss_axes, size_axes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
+    """Draw, for each task, training loss and step size against steps, of the first seed."""
+    shown = ("alsals", "adamw", "schedule-free", "alsals_paper")
+    tasks = [task for task in matrix.TASKS if any(chosen_row(rows, task, optimizer) for optimizer in shown)]
+    if not tasks:
+        return
+    height = math.ceil(len(tasks) / 2)
+    figure = Figure(figsize=(13, 2.5 * height), layout="constrained")
+    grid = figure.subplots(height, 4, squeeze=False)
+    places = [pair for line in grid for pair in (line[:2], line[2:])]
+    for task, (loss_axes, size_axes) in zip(tasks, places):
+        for optimizer in shown:
+            row = chosen_row(rows, task, optimizer)
+            if row is not None:
+                first = min(row["runs"], key=lambda run: run["options"]["seed"])
+                rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+                label = " ".join(filter(None, (optimizer, rate, _mark(row))))
+                _plot(curves[first["key"]], loss_axes, size_axes, label=label)
+        _finish(loss_axes, size_axes)
+        loss_axes.set_title(f"{task}: training loss", fontsize="medium")
+        size_axes.set_title("step size", fontsize="medium")
+        loss_axes.legend(frameon=False, fontsize="small")
+    for axes in (axes for pair in places[len(tasks) :] for axes in pair):
+        axes.set_axis_off()
+    figure.savefig(path, dpi=80)
+
+
+def draw_front(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
+    """Draw training loss and step size of alsals and of AdamW at its best learning rate, on all seeds of one task."""
+    chosen = [chosen_row(rows, FRONT_PICTURE, optimizer) for optimizer in ("alsals", "adamw")]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss_axes, size_axes = figure.subplots(1, 2)
+    labels = ("alsals, untuned", f"AdamW at its best learning rate, {chosen[1]['learning_rate']:g}")
+    for row, label, color in zip(chosen, labels, ("C0", "C1")):
+        for i, run in enumerate(row["runs"]):
+            style = {"label": label} if i == 0 else {}
+            _plot(curves[run["key"]], loss_axes, size_axes, color=color, linewidth=1.2, alpha=0.8, **style)
+    _finish(loss_axes, size_axes)
+    loss_axes.set_title("training loss, one line per seed")
+    size_axes.set_title("step size (alsals) and learning rate (AdamW)")
+    loss_axes.legend(frameon=False)
+    for axes in (loss_axes, size_axes):
+        axes.set_xlabel("training step")
+    figure.savefig(path, dpi=100)
