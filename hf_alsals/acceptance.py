@@ -153,6 +153,8 @@ class ParabolaCondition(SmoothedCondition):
         (11.0, False)
     """
 
+    beta3: float = 0.5
+
     def init(self) -> ParabolaState:
         """Return the state before training."""
         return ParabolaState()

@@ -11,7 +11,7 @@ from .optimizer import ALSALS
 from .presets import PRESETS
 from .version import __version__
 
-# What transformers 5.0 to 5.23 writes of a model that was not loaded from anywhere, or from a local path.
+# What transformers 5.0 to 5.24 writes of a model that was not loaded from anywhere, or from a local path.
 _FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
 _FROM_SCRATCH = "This model was trained from scratch"
 

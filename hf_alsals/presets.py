@@ -11,23 +11,19 @@ from .line_search import LineSearch
 # Raised whenever a preset takes other steps than before, so that results name the method that they are of.
 METHOD_VERSION = 8
 
-# The line search of each kind of growth, with the default of each option.
+# The line search of each kind of growth. The defaults of options are those of its parts.
 LINE_SEARCHES: dict[str, LineSearch] = {
     search.growth.name: search
     for search in (
         LineSearch(
-            growth=PathGrowth(growth_factor=1.03),
-            acceptance=ParabolaCondition(c=0.3, beta3=0.5),
+            growth=PathGrowth(),
+            acceptance=ParabolaCondition(),
             interval=EverySteps(10),
             initial_search=InitialSearch(),
             least_shrinkage=0.5,  # its batch may be a bad one
             retry_rejected=False,  # a bad batch is often followed by others, along the same momentum
         ),
-        LineSearch(
-            growth=ConstantGrowth(growth_factor=1.01),
-            acceptance=ArmijoCondition(c=0.3, beta3=0.99),
-            interval=EverySteps(1),
-        ),
+        LineSearch(growth=ConstantGrowth(), acceptance=ArmijoCondition(), interval=EverySteps()),
     )
 }
 

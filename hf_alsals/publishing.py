@@ -189,7 +189,7 @@ class PublishingMixin(TrainerMixinBase):
             add_search_to_card(path, self.args.optim, self.alsals, steps, seconds[-1] if seconds else None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Private, but it pickles self.args and pushes it at once (transformers 5.0 to 5.23).
+        # Private, but it pickles self.args and pushes it at once (transformers 5.0 to 5.24).
         with self._published_arguments():
             super()._push_from_checkpoint(checkpoint_folder)
 

@@ -15,16 +15,16 @@ from hf_alsals.presets import METHOD_VERSION
 
 # The rows of the front page's table: what AdamW was run on at the library's default, and the two longest runs.
 FRONT = {
-    "gpt2-shakespeare": "GPT-2, tinyshakespeare, 600 steps",
-    "gpt2-3000": "GPT-2, tinyshakespeare, 3000 steps",
-    "gpt2-reference": "GPT-2, Python's language reference",
-    "t5": "T5, span corruption",
-    "bert-mlm": "BERT, masked words",
-    "topics": "BERT, topic of a paragraph",
-    "sst2": "MiniLM, fine-tuned on SST-2",
+    "gpt2-shakespeare": "GPT-2, tinyshakespeare",
+    "gpt2-3000": "the same, 3000 steps",
+    "gpt2-reference": "GPT-2, Python's reference",
+    "t5": "T5",
+    "bert-mlm": "masked BERT",
+    "topics": "BERT, topics",
+    "sst2": "MiniLM, SST-2",
     "cifar10": "ResNet, CIFAR-10",
-    "digits": "ResNet, handwritten digits",
-    "digits-long": "ResNet, handwritten digits, 20 times through",
+    "digits": "ResNet, digits",
+    "digits-long": "the same, 20 epochs",
 }
 FRONT_PICTURE = "t5"
 
@@ -127,10 +127,10 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
 def front_table(rows: list[dict[str, Any]]) -> str:
     """Return the Markdown table of the front page: validation losses of alsals and of AdamW, tuned and not."""
     lines = [
-        "Validation loss, mean ± standard error. Losses marked with a version were reached by that version of the"
-        f" method; today's is {METHOD_VERSION}.",
+        "Validation loss ± standard error over seeds; without, one seed. v: by that version of the method; today's is"
+        f" {METHOD_VERSION}.",
         "",
-        "| task | `alsals` | AdamW, best learning rate | AdamW as it comes (5e-5) |",
+        "| task | `alsals` | AdamW, tuned | AdamW, 5e-5 |",
         "| --- | --- | --- | --- |",
     ]
 
@@ -138,9 +138,7 @@ def front_table(rows: list[dict[str, Any]]) -> str:
         row = chosen_row(rows, task, optimizer)
         if row is None:
             return ""
-        rate = "" if row["learning_rate"] is None else f"at {row['learning_rate']:g}"
-        seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
-        return f"{_with_error(row, 'eval_loss')} ({', '.join(filter(None, (seeds, rate, _mark(row))))})"
+        return f"{_with_error(row, 'eval_loss')} {_mark(row).replace('version ', 'v')}".rstrip()
 
     for task, title in FRONT.items():
         cells = [cell(task, optimizer) for optimizer in ("alsals", "adamw", "adamw, library default")]
