@@ -43,9 +43,9 @@ class Direction:
 
     Creating one changes nothing. `update` takes the gradients into the state, and all else comes after it. A subclass
     names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the direction
-    is
-    (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or float16
-    moments stall or underflow. Of a DTensor the local shard is moved.
+    is (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or
+    float16 moments stall or underflow. The direction must follow from them alone, for a search writes over the
+    gradients. Of a DTensor the local shard is moved.
 
     Args:
         param_groups (`list[dict]`): The optimizer's parameter groups. `lr` and `weight_decay` are read here, the rest
@@ -101,6 +101,7 @@ class Direction:
         """Whether `save` has noted where the parameters are."""
         return any(chunk.starts for chunk in self._all_chunks())
 
+    @torch.no_grad()
     def update(self) -> None:
         """Take the gradients into the state."""
         for group in self.param_groups:
@@ -120,6 +121,7 @@ class Direction:
         """
         return [self._inner_product(chunks, momentum) for chunks in self._chunks]
 
+    @torch.no_grad()
     def save(self, keep_grads: bool = False) -> None:
         """Note where the parameters are.
 
@@ -135,12 +137,14 @@ class Direction:
         for p in () if keep_grads else self.params:
             p.grad = None
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put the parameters back, to the bit, to where they were at `save`, if they were saved."""
         for chunk in self._all_chunks():
             if chunk.starts:
                 torch._foreach_copy_(chunk.params, chunk.starts)
 
+    @torch.no_grad()
     def move(self, step_size: float) -> None:
         """Move the parameters to `w - step_size * d`, from where they were at `save` or, without one, are.
 
@@ -150,6 +154,7 @@ class Direction:
         for chunk in self._all_chunks():
             self._move(chunk, step_size, decay=0.0)
 
+    @torch.no_grad()
     def step(self, step_size: float) -> None:
         """Take the optimizer step: `step_size` times each group's `lr`, with its decoupled weight decay.
 

@@ -78,7 +78,7 @@ class Line:
         """
         if not self.direction.is_saved:
             if self._slope_method != "finite_difference":
-                self._measured_slope = self._measure_slope()  # needs the gradients, whose memory save takes
+                _ = self.slope  # it needs the gradients, whose memory save takes
             self.direction.save()
         self.direction.move(step_size)
         torch.clear_autocast_cache()  # within an outer autocast it holds the weights of the training forward pass

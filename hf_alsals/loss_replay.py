@@ -192,13 +192,18 @@ class LossReplay:
             self._loss = self._mean_over_processes([batch.loss / batch.divisor for batch in self._probed()])
         return self._loss
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether micro-batches are recorded that no optimizer step has been taken with."""
+        return bool(self.micro_batches) and not self._is_taken
+
     def take_loss(self) -> Tensor:
         """Return `loss` to the optimizer step that is taken with it.
 
         Raises:
             RuntimeError: If another step has been taken with these micro-batches already, or there are none.
         """
-        if self._is_taken:
+        if not self.is_ready:
             raise RuntimeError(
                 "LossReplay has no micro-batch of this optimizer step: compute its training loss with record()."
             )

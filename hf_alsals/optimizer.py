@@ -30,6 +30,10 @@ class ReplayedLoss(Protocol):
     def loss(self) -> Tensor:
         """The loss that the gradients came from."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a batch that no step has been taken with."""
+
     def take_loss(self) -> Tensor:
         """Return that loss to the step that is taken with it, and to no second one."""
 
@@ -147,6 +151,8 @@ class ALSALS(torch.optim.Optimizer):
     ) -> None:
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
+        if not (isinstance(direction, type) and issubclass(direction, Direction) and hasattr(direction, "name")):
+            raise TypeError(f"direction must be a subclass of Direction with a name, got {direction!r}.")
         self.slope_method = slope
         self.direction = direction
         self.line_search = line_search_of(growth, **options)
@@ -344,13 +350,18 @@ class ALSALS(torch.optim.Optimizer):
             _check_closure(closure)
             return Pending(closure, loss, pending.clip_coef)
         if _is_replayed(pending.closure):
+            if not pending.closure.is_ready and self._may_make_state():
+                return Pending()
             replayed = pending.closure.take_loss()
             return pending._replace(loss=replayed if loss is None else loss)
         return pending if loss is None else pending._replace(loss=loss)
 
-    def _make_state(self, direction: Direction) -> Any:
+    def _may_make_state(self) -> bool:
         # torch.distributed.checkpoint lets an optimizer make its state by a step of zero gradients at lr 0.
-        if self.state or any(group["lr"] != 0 for group in self.param_groups):
+        return not self.state and all(group["lr"] == 0 for group in self.param_groups)
+
+    def _make_state(self, direction: Direction) -> Any:
+        if not self._may_make_state():
             raise RuntimeError(
                 "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
             )

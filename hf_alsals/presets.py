@@ -62,7 +62,8 @@ def line_search_of(growth: str | LineSearch, **options: Any) -> LineSearch:
         TypeError: If an option is unknown or of the wrong type.
         ValueError: If `growth` is unknown, or an option is out of its range.
     """
-    if not isinstance(growth, LineSearch) and growth not in LINE_SEARCHES:
+    if isinstance(growth, LineSearch):
+        return growth.with_options(**options)
+    if not isinstance(growth, str) or growth not in LINE_SEARCHES:
         raise ValueError(f"growth must be one of {', '.join(LINE_SEARCHES)}, got {growth!r}.")
-    search = growth if isinstance(growth, LineSearch) else LINE_SEARCHES[growth]
-    return search.with_options(**options)
+    return LINE_SEARCHES[growth].with_options(**options)

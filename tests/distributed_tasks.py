@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from test_trainer import Observer, Sequences, arguments, gpt2, training_logs, weights
+from tiny_training import Observer, Sequences, arguments, gpt2, training_logs, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.overrides import TorchFunctionMode
 from transformers import TrainerCallback
 
 from hf_alsals import ALSALS, AlsalsTrainer, LossReplay
@@ -66,11 +67,38 @@ def dropout(folder):
     return described(trainer) | {"seen": seen}
 
 
-class WithBatchNorm(nn.Module):
-    def __init__(self):
+class HostReads(TorchFunctionMode):
+    """Counts what would be host-device syncs on a GPU: tensors read as numbers, but for those that stay on the CPU."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        reads = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__)
+        on_host = {id(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        self.count += function in reads and id(args[0]) not in on_host
+        return function(*args, **(kwargs or {}))
+
+
+class Counted(ALSALS):
+    """Notes the host-device syncs of every step, and the probes beside them."""
+
+    def step(self, *args, **kwargs):
+        with HostReads(self) as reads:
+            loss = super().step(*args, **kwargs)
+        self.seen.append((reads.count, self.searched, self.probes))
+        return loss
+
+
+class Bigrams(nn.Module):
+    """A model whose forward pass reads no tensor, as those of transformers do to find their masks."""
+
+    def __init__(self, norm):
         super().__init__()
         self.embedding = nn.Embedding(31, 8)
-        self.norm = nn.BatchNorm1d(8)
+        self.norm = norm
         self.head = nn.Linear(8, 31)
 
     def forward(self, input_ids, labels):
@@ -78,9 +106,22 @@ class WithBatchNorm(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+def host_reads(folder):
+    torch.manual_seed(0)
+    model = Bigrams(nn.Identity())
+    optimizer = Counted(model.parameters(), search_interval=3)
+    optimizer.seen = []
+    args = arguments(
+        folder / "reads", per_device_train_batch_size=GLOBAL_BATCH // processes(), lr_scheduler_type="constant"
+    )
+    trainer = AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=(optimizer, None))
+    trainer.train()
+    return described(trainer) | {"seen": optimizer.seen}
+
+
 def communication(folder):
     torch.manual_seed(0)
-    trainer = trainer_of(folder / "communication", model=WithBatchNorm(), max_steps=3)
+    trainer = trainer_of(folder / "communication", model=Bigrams(nn.BatchNorm1d(8)), max_steps=3)
     counts = []
 
     def probe():
@@ -114,6 +155,7 @@ def accelerate_loop(folder, mixed_precision="no"):
     loader = torch.utils.data.DataLoader(Sequences(), batch_size=GLOBAL_BATCH // processes() // accumulation)
     model, optimizer, loader = accelerator.prepare(model, alsals, loader)
     replay = LossReplay(model, accelerator)
+    alsals.set_closure(replay)
     step_sizes, replayed = [], []
     for _ in range(4):
         for batch in loader:
@@ -121,7 +163,6 @@ def accelerate_loop(folder, mixed_precision="no"):
                 loss = replay.record(lambda batch: model(**batch).logits.float().square().mean(), batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    alsals.set_closure(replay, replay.loss)
                     replayed.append((replay().item(), replay.loss.item()))
                 optimizer.step()
                 if accelerator.sync_gradients:
@@ -196,6 +237,7 @@ def sharded_replay(folder):
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
     optimizer = ALSALS(model.parameters(), lr=0.5, growth="constant", initial_step_size=3.0)
     replay = LossReplay(model, accelerator)
+    optimizer.set_closure(replay)
     generator = torch.Generator().manual_seed(1)
     step_sizes, losses = [], []
     for _ in range(20):
@@ -205,10 +247,10 @@ def sharded_replay(folder):
             loss = replay.record(lambda x: (model(x) - x[:, :1] * x[:, 1:2]).square().mean(), x)
         loss.backward()
         losses.append(replay.loss.item())
-        optimizer.step(replay, replay.loss)
+        optimizer.step()
         step_sizes.append(optimizer.step_size)
     flat = [(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()]
-    probes = optimizer.line_search.total_probes
+    probes = optimizer.search.total_probes
     return {"step_sizes": step_sizes, "losses": losses, "weights": torch.cat(flat).tolist(), "probes": probes}
 
 
@@ -233,13 +275,13 @@ def broadcast_buffers(folder):
     alsals = ALSALS(model.parameters(), search_interval=1)
     model, optimizer = accelerator.prepare(model, alsals)
     replay = LossReplay(model, accelerator)
+    alsals.set_closure(replay)
     rank = dist.get_rank() if processes() > 1 else 0
     seen = []
     for step in range(5):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)).chunk(processes())[rank]
         with accelerator.accumulate(model):
             accelerator.backward(replay.record(model, x))
-            alsals.set_closure(replay, replay.loss)
             seen.append((replay().item(), replay.loss.item()))
             optimizer.step()
             optimizer.zero_grad()
@@ -272,6 +314,7 @@ TASKS = (
     ddp,
     accumulated,
     dropout,
+    host_reads,
     communication,
     resumed,
     accelerate_loop,

@@ -1,7 +1,7 @@
 import sys
 
 import pytest
-from test_report import ADAMW_LOGS, write_run
+from written_runs import ADAMW_LOGS, write_run
 
 from hf_alsals.cli import main
 

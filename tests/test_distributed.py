@@ -52,7 +52,7 @@ def test_the_slope_is_summed_over_shards(ranks, tmp_path):
     assert ranks[0]["sharded"]["slopes"] == pytest.approx(one["slopes"], rel=1e-9)
 
 
-@pytest.mark.parametrize("task", ["ddp", "accumulated", "dropout", "accelerate_loop", "sharded"])
+@pytest.mark.parametrize("task", ["ddp", "accumulated", "dropout", "host_reads", "accelerate_loop", "sharded"])
 def test_all_processes_take_the_same_step_sizes_to_the_same_weights(task, ranks):
     first, second = (rank[task] for rank in ranks)
     assert first["step_sizes"] == second["step_sizes"]
@@ -74,6 +74,13 @@ def test_an_accelerate_loop_in_bf16(tmp_path):
 
 def test_a_probe_costs_one_all_reduce(ranks):
     assert all(rank["communication"]["counts"] == [1, 1, 1] for rank in ranks)
+
+
+def test_a_step_has_one_host_device_sync_and_a_search_one_more_and_one_a_probe(ranks):
+    first, second = (rank["host_reads"]["seen"] for rank in ranks)
+    assert first == second
+    assert [searched for _, searched, _ in first] == [True, False, False, True, False, False]
+    assert [reads for reads, _, _ in first] == [1 + (1 + probes) * searched for _, searched, probes in first]
 
 
 def test_a_run_on_two_processes_resumes_bit_for_bit(ranks):

@@ -6,26 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from exactness import build, train_and_compare
 from peft import LoraConfig, get_peft_model
-from test_trainer import LENGTH, VOCABULARY, Observer, Sequences, arguments, gpt2, training_logs, weights
+from tiny_training import Sequences, arguments, gpt2, training_logs, weights
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    ByT5Tokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from hf_alsals import (
     ALSALS,
@@ -35,76 +21,6 @@ from hf_alsals import (
     AlsalsTrainer,
     AlsalsTrainerMixin,
 )
-
-
-class Images(Sequences):
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        label = index % 3
-        return {"pixel_values": torch.randn(3, 16, 16, generator=generator) + label, "labels": label}
-
-
-class NoLossKwargs(nn.Module):
-    """A model that takes no num_items_in_batch, draws random numbers and moves a buffer that its loss depends on."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 8)
-        self.head = nn.Linear(8, VOCABULARY)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, input_ids, labels):
-        self.calls += 1
-        hidden = nn.functional.dropout(self.embedding(input_ids), 0.2, self.training) * (1 + 0.01 * self.calls)
-        logits = self.head(hidden + 0.1 * torch.randn_like(hidden))
-        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
-
-
-def build(name):
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    if name == "gpt2":
-        return gpt2(), Sequences()
-    if name == "bert":
-        return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **small)), Sequences()
-    if name == "t5":
-        config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        config.decoder_start_token_id = 0
-        return T5ForConditionalGeneration(config), Sequences()
-    if name == "vit":
-        config = ViTConfig(image_size=16, patch_size=8, num_labels=3, hidden_dropout_prob=0.1, **small)
-        return ViTForImageClassification(config), Images()
-    if name == "resnet":
-        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
-        return ResNetForImageClassification(config), Images()
-    if name == "mixtral":
-        config = MixtralConfig(
-            vocab_size=VOCABULARY,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            output_router_logits=True,
-            router_aux_loss_coef=0.1,
-            attention_dropout=0.1,
-            **small,
-        )
-        return MixtralForCausalLM(config), Sequences()
-    return NoLossKwargs(), Sequences()
-
-
-def train_and_compare(trainer, steps=None):
-    """Train, and compare the closure's loss with the training loss before every optimizer step."""
-    seen = []
-
-    def compare():
-        replay = trainer.loss_replay
-        seen.append((trainer.alsals, replay.loss.item(), replay().item()))
-
-    trainer.add_callback(Observer(compare))
-    trainer.train()
-    assert len(seen) == (steps or trainer.args.max_steps)
-    assert [trained for _, trained, _ in seen] == [replayed for _, _, replayed in seen]
-    assert len({trained for _, trained, _ in seen}) > 1
-    return trainer
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
@@ -143,7 +59,7 @@ def test_with_a_constant_accepted_step_size_training_is_adamw_to_the_bit(clippin
     )
     ours = AlsalsTrainer(model, args, train_dataset=dataset)
     ours.train()
-    assert ours.alsals.line_search.total_probes == 12
+    assert ours.alsals.search.total_probes == 12
     model, dataset = build("gpt2")
     args = arguments(tmp_path, TrainingArguments, optim="adamw_torch", learning_rate=1e-4, **common)
     plain = AlsalsTrainer(model, args, train_dataset=dataset)
@@ -277,14 +193,14 @@ def test_a_step_that_the_gradient_scaler_skips_leaves_the_search_untouched():
         optimizer.zero_grad()
         loss = model(x).square().mean()
         scaler.scale(loss * factor).backward()
-        before = optimizer.line_search.state_dict(), [p.detach().clone() for p in model.parameters()]
+        before = optimizer.search, [p.detach().clone() for p in model.parameters()]
         optimizer.set_closure(lambda: model(x).square().mean(), loss)
         scaler.step(optimizer)
         scaler.update()
-        probes.append(optimizer.line_search.total_probes)
+        probes.append(optimizer.search.total_probes)
         slopes.append(optimizer.slope)
         if factor != 1.0:
-            assert optimizer.line_search.state_dict() == before[0]
+            assert optimizer.search == before[0]
             assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[1]))
             assert scaler.get_scale() == 4.0
     assert probes[0] == probes[1] < probes[2]
@@ -330,43 +246,3 @@ def test_trl_sft_trainer(tmp_path):
         logs.append(training_logs(trainer))
     assert [entry["num_tokens"] for entry in logs[0]] == [entry["num_tokens"] for entry in logs[1]]
     assert logs[0][-1]["loss"] < logs[0][0]["loss"]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed: use FSDP2"),
-        ({"is_fsdp_enabled": True}, "FSDP1.*set fsdp_version to 2"),
-        ({"get_tp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
-        ({"get_cp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
-        ({"get_sp_size": lambda: 2}, "tensor, context, sequence or expert parallelism: use data parallelism"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_what_cannot_be_exact_is_refused_when_the_trainer_is_built(changed, message, tmp_path):
-    class Elsewhere(AlsalsTrainer):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            vars(self).update(changed)
-
-    with pytest.raises(ValueError, match=message):
-        Elsewhere(gpt2(), arguments(tmp_path), train_dataset=Sequences())
-
-
-def test_a_hand_made_optimizer_is_refused_there_too(tmp_path):
-    class TensorParallel(AlsalsTrainer):
-        def get_tp_size(self):
-            return 2
-
-    args = arguments(tmp_path, TrainingArguments, optim="adamw_torch")
-    TensorParallel(gpt2(), args, train_dataset=Sequences())
-    with pytest.raises(ValueError, match="tensor, context, sequence or expert parallelism"):
-        model = gpt2()
-        TensorParallel(model, args, train_dataset=Sequences(), optimizers=(ALSALS(model.parameters()), None))
-
-
-def test_data_parallelism_in_one_process_is_refused(tmp_path):
-    args = arguments(tmp_path)
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match=r"DataParallel \(one process, 2 GPUs\): launch one process for each GPU"):
-        AlsalsTrainer(gpt2(), args, train_dataset=Sequences())

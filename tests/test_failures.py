@@ -1,15 +1,14 @@
+import dataclasses
 import itertools
-import json
-import logging
 import math
+import re
 
 import pytest
 import torch
-from test_trainer import Sequences, arguments, gpt2
 from torch import nn
 
-from hf_alsals import ALSALS, AlsalsTrainer, FailureCallback
-from hf_alsals.failures import FailureMonitor
+from hf_alsals import ALSALS, AlsalsTrainingArguments
+from hf_alsals.failures import FAILURES, FailureMonitor, SearchHistory, SearchRecord
 
 
 def watch(optimizer, losses, steps, low_precision=False):
@@ -76,9 +75,9 @@ def test_a_search_that_goes_on_at_the_next_steps_is_one_cut():
         assert "jumping step size" not in monitor.update()
         if optimizer.searched:
             searches.append(step)
-            rejected.append(not optimizer.line_search.accepted)
+            rejected.append(not optimizer.search.accepted)
     assert len(searches) > 40 and sum(rejected) >= 16
-    assert sum(one["cut"] for one in monitor.searches) <= 2
+    assert sum(one.cut for one in monitor.history.searches) <= 2
 
 
 def test_in_low_precision_it_is_named_as_the_cause():
@@ -164,76 +163,210 @@ def test_a_healthy_search_has_no_failure(growth):
     assert watch(optimizer, losses, 600) == {}  # with growth=path 30 searches
 
 
-class OwnDropout(nn.Module):
-    """Draws from a generator that no probe can know."""
-
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(0)
-
-    def forward(self, x):
-        return 100 * x * (torch.rand(x.shape, generator=self.generator) < 0.5)  # far above rounding in every draw
+BY_NAME = {failure.name: failure for failure in FAILURES}
+FINE = SearchRecord(rejected=False, cut=False, uphill=False, nonfinite=False, unseen=False)
 
 
-class OtherWithoutGradients(nn.Module):
-    """Computes something else in a probe than in training, the same in all probes."""
+def history_of(pattern, field, low_precision=False):
+    """A history of searches, those marked by an x in the pattern with something to show."""
+    history = SearchHistory(ALSALS([parameter([1.0])]), low_precision)
+    history.searches.extend(dataclasses.replace(FINE, **{field: mark == "x"}) for mark in pattern)
+    return history
 
-    def forward(self, x):
-        return x if torch.is_grad_enabled() else x + 10
 
-
-@pytest.mark.parametrize("optim", ["alsals", "alsals_paper"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_healthy_run_has_no_warning(optim, accumulation, tmp_path, caplog):
-    args = arguments(tmp_path, optim=optim, max_steps=60, gradient_accumulation_steps=accumulation)
-    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
-    trainer.train()
-    state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"] == []
-    assert not [record for record in caplog.records if record.name.startswith("hf_alsals")]
+def test_every_failure_has_a_name_of_its_own():
+    assert list(BY_NAME) == [
+        "smallest step size",
+        "largest step size",
+        "jumping step size",
+        "run-away step size",
+        "uphill direction",
+        "non-finite probes",
+        "unseen decrease",
+    ]
+    assert len(FAILURES) == 7
 
 
 @pytest.mark.parametrize(
-    ("module", "cause"),
-    [(OwnDropout(), "transformer.h.1.mlp.act (OwnDropout)"), (OtherWithoutGradients(), "no single module")],
-    ids=["own generator", "without gradients"],
+    ("name", "field", "silent", "shown"),
+    [
+        ("smallest step size", "rejected", ["x" * 9, "." + "x" * 9, "x" * 19 + "."], ["x" * 10, "." * 10 + "x" * 10]),
+        ("uphill direction", "uphill", ["x" * 9, "." + "x" * 9, "x" * 19 + "."], ["x" * 10, "." * 10 + "x" * 10]),
+        ("jumping step size", "cut", ["x" * 19, "x" * 4 + "." * 16], ["x" * 5 + "." * 15, "...x" * 5]),
+        ("non-finite probes", "nonfinite", ["xxxx", "xxxxx" + "." * 16], ["xxxxx", "xxxxx" + "." * 15]),
+        ("unseen decrease", "unseen", ["x" * 9, "x." * 9 + ".."], ["x" * 10, "x." * 10]),
+    ],
 )
-def test_a_probe_that_does_not_repeat_training_is_named_once_and_kept_over_a_resume(module, cause, tmp_path, caplog):
-    def trainer(**kwargs):
-        model = gpt2()
-        model.transformer.h[1].mlp.act = module
-        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **kwargs)
-        return AlsalsTrainer(model, args, train_dataset=Sequences())
-
-    def warnings():
-        state = json.loads((tmp_path / "trainer_state.json").read_text())
-        return state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"]
-
-    with caplog.at_level(logging.WARNING, logger="hf_alsals"):
-        trainer().train()
-    (warning,) = warnings()
-    assert warning["step"] == 0
-    assert cause in warning["message"] and "step size 0" in warning["message"]
-    assert sum(warning["message"] in record.message for record in caplog.records) == 1
-    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert [one["step"] for one in warnings()] == [0, 2]
+def test_a_failure_shows_from_a_number_of_searches_on(name, field, silent, shown):
+    failure = BY_NAME[name]
+    for patterns, expected in ((silent, False), (shown, True)):
+        for pattern in patterns:
+            history = history_of(pattern, field)
+            assert failure.shows(history) == expected, pattern
+            # What another failure is about does not count.
+            assert [one.name for one in FAILURES if one.shows(history)] == [name] * expected
+    for other in {"rejected", "cut", "uphill", "nonfinite", "unseen"} - {field}:
+        assert not failure.shows(history_of("x" * 20, other))
 
 
-def test_the_check_changes_nothing_in_training(tmp_path):
-    logs = []
-    for remove in (False, True):
-        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences())
-        if remove:
-            trainer.remove_callback(FailureCallback)
-        trainer.train()
-        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
-    assert logs[0] == logs[1]
+def test_a_large_step_size_shows_after_fifty_steps():
+    history = history_of("", "cut")
+    for steps, expected in ((0, False), (49, False), (50, True), (60, True)):
+        history.steps_at_large_step_size = steps
+        assert BY_NAME["largest step size"].shows(history) == expected
 
 
-def test_the_callbacks_are_there_once_and_for_alsals_only(tmp_path):
-    def names(**kwargs):
-        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, **kwargs), callbacks=[FailureCallback()])
-        return [type(one).__name__ for one in trainer.callback_handler.callbacks]
+@pytest.mark.parametrize(
+    ("steps", "grown", "expected"), [(199, 11.0, False), (200, 9.9, False), (200, 10.1, True), (0, math.nan, False)]
+)
+def test_a_step_size_has_run_away_after_two_hundred_steps_and_ten_fold_growth(steps, grown, expected):
+    history = history_of("", "cut")
+    history.steps_since_lowest_loss = steps
+    history.step_size_at_lowest_loss = history.alsals.step_size / grown
+    assert BY_NAME["run-away step size"].shows(history) == expected
 
-    assert names().count("FailureCallback") == names().count("StepSizeCallback") == 1
-    assert "StepSizeCallback" not in names(optim="adamw_torch")
+
+@pytest.mark.parametrize(
+    ("name", "field", "pattern", "low_precision", "sentence", "remedy"),
+    [
+        (
+            "smallest step size",
+            "rejected",
+            "x" * 10,
+            False,
+            "no step size met the condition in 10 searches in a row, down to 2.5e-07: the slope is larger than what "
+            "the loss does, or c is too large",
+            "try slope=exact or a smaller c in optim_args",
+        ),
+        (
+            "smallest step size",
+            "rejected",
+            "x" * 10,
+            True,
+            "no step size met the condition in 10 searches in a row, down to 2.5e-07: the losses in low precision "
+            "are too coarse to show a decrease",
+            "compute the loss in float32",
+        ),
+        (
+            "largest step size",
+            "cut",
+            "",
+            False,
+            "the step size has been 1 or more for 50 steps: the loss hardly depends on the weights, or c is too small "
+            "to bound the step",
+            "try a larger c in optim_args",
+        ),
+        (
+            "jumping step size",
+            "cut",
+            "..x" * 6 + "..",
+            False,
+            "6 of the last 20 searches cut the step size by a third or more: batches disagree, for they are too small "
+            "or the landscape is irregular",
+            "try a larger per_device_train_batch_size or gradient_accumulation_steps, or a larger beta3 in optim_args",
+        ),
+        (
+            "run-away step size",
+            "cut",
+            "",
+            False,
+            "the step size has grown from 1.5e-05 to 1.0e-01 in 240 steps in which the loss did not fall: nothing "
+            "bounds it",
+            "try lr_scheduler_type=linear, or growth=path or a smaller growth_factor in optim_args",
+        ),
+        (
+            "uphill direction",
+            "uphill",
+            "x" * 10,
+            False,
+            "the smoothed slope has been negative for 10 searches: momentum points uphill, as it does after steps "
+            "that were too long",
+            "try a smaller adam_beta1, or a larger c in optim_args",
+        ),
+        (
+            "non-finite probes",
+            "nonfinite",
+            "x" * 5 + ".",
+            False,
+            "5 of the last 6 searches met a loss that is not finite: the model overflows at small steps",
+            "try bf16 in place of fp16, or a smaller growth_factor in optim_args",
+        ),
+        (
+            "unseen decrease",
+            "unseen",
+            "x" * 11 + ".",
+            False,
+            "11 of the last 12 searches saw no decrease at all, to the bit: the loss or the weights are too coarse "
+            "for such small steps",
+            "keep the weights in float32",
+        ),
+        (
+            "unseen decrease",
+            "unseen",
+            "x" * 11 + ".",
+            True,
+            "11 of the last 12 searches saw no decrease at all, to the bit: the loss or the weights are too coarse "
+            "for such small steps",
+            "keep the weights in float32 and do without bf16 or fp16",
+        ),
+    ],
+    ids=lambda value: value if value in BY_NAME else "",
+)
+def test_what_a_failure_says(name, field, pattern, low_precision, sentence, remedy):
+    history = history_of(pattern, field, low_precision)
+    history.alsals.search = dataclasses.replace(history.alsals.search, smallest_probe=2.5e-7)
+    history.steps_since_lowest_loss, history.step_size_at_lowest_loss = 240, 1.5e-5
+    assert BY_NAME[name].sentence(history) == sentence
+    assert BY_NAME[name].remedy(history) == remedy
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+def test_what_a_remedy_names_can_be_changed(failure, low_precision):
+    remedy = failure.remedy(history_of("", "cut", low_precision))
+    settings = {field.name for field in dataclasses.fields(AlsalsTrainingArguments)}
+    options = {"growth", "slope", *ALSALS([parameter([1.0])]).line_search.options}
+    for name in re.findall(r"\w+_\w+|\w+(?==)|\bc\b|\b[a-z]+\d+\b", remedy):
+        assert name in settings | options | {"float32"}, remedy
+
+
+def test_a_history_notes_what_the_optimizer_says_of_a_search():
+    optimizer = ALSALS([parameter([1.0])], growth="constant")
+    history = SearchHistory(optimizer)
+    search = dataclasses.replace(optimizer.search, searched=True, probes=2, step_size=0.1, slope=1.0, accepted=True)
+    acceptance = search.acceptance
+    for changes, shown in [
+        ({"actual_reduction": 0.5}, set()),
+        ({"actual_reduction": 0.5, "step_size": 0.07}, set()),
+        ({"actual_reduction": 0.5, "step_size": 0.046}, {"cut"}),
+        ({"actual_reduction": -0.5, "accepted": False}, {"rejected"}),
+        ({"actual_reduction": 0.5, "step_size": 0.001}, set()),  # the search after a rejection goes on with it
+        ({"actual_reduction": 0.0}, {"unseen"}),
+        ({"actual_reduction": 0.0, "slope": 0.0}, set()),
+        ({"actual_reduction": 0.5, "nonfinite_probes": 1}, {"nonfinite"}),
+        ({"actual_reduction": 0.5, "acceptance": dataclasses.replace(acceptance, slope=-1.0)}, {"uphill"}),
+        ({"actual_reduction": 0.0, "probes": 0, "accepted": False, "slope": -1.0}, set()),
+    ]:
+        optimizer.search = dataclasses.replace(search, **changes)
+        history.update()
+        record = dataclasses.asdict(history.searches[-1])
+        assert {name for name, value in record.items() if value} == shown, changes
+    count = len(history.searches)
+    optimizer.search = dataclasses.replace(search, searched=False)
+    history.update()
+    assert len(history.searches) == history.searches_so_far == count
+    optimizer.search = search
+    for _ in range(30):
+        history.update()
+    assert len(history.searches) == history.window == 20 and history.searches_so_far == count + 30
+
+
+def test_a_monitor_tells_each_failure_once():
+    optimizer = ALSALS([parameter([1.0])], growth="constant")
+    monitor = FailureMonitor(optimizer)
+    optimizer.search = dataclasses.replace(optimizer.search, searched=True, probes=1, accepted=False, slope=1.0)
+    told = [monitor.update() for _ in range(30)]
+    assert [list(messages) for messages in told if messages] == [["smallest step size", "unseen decrease"]]
+    failure = BY_NAME["smallest step size"]
+    history = monitor.history
+    assert told[9]["smallest step size"] == f"{failure.sentence(history)}; {failure.remedy(history)}."

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its dropout kernels and scalers, its host waits, and FSDP2 through the Trainer."""
+"""What only a GPU can show: its dropout kernels and scalers, its host-device syncs, and FSDP2 through the Trainer."""
 
 import json
 import os
@@ -7,9 +7,10 @@ import sys
 import warnings
 
 import pytest
+import sharded_run
 import torch
-from test_exactness import build, train_and_compare
-from test_trainer import Sequences, arguments, gpt2, training_logs
+from exactness import build, train_and_compare
+from tiny_training import Sequences, arguments, gpt2, training_logs
 
 from hf_alsals import ALSALS, AlsalsTrainer
 
@@ -25,7 +26,7 @@ def test_at_step_size_zero_the_closure_is_the_training_loss(name, precision, acc
     train_and_compare(AlsalsTrainer(model, args, train_dataset=dataset))
 
 
-def test_a_step_without_a_search_waits_once_for_the_gpu():
+def test_a_step_without_a_search_has_one_host_device_sync():
     model = torch.nn.Linear(4, 1).cuda()
     optimizer = ALSALS(model.parameters(), search_interval=10)
     x = torch.randn(16, 4, device="cuda")
@@ -48,28 +49,12 @@ def test_a_step_without_a_search_waits_once_for_the_gpu():
     assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
 
 
-def train_sharded(output_dir):
-    """The program of the FSDP2 test: a run, and the same run resumed from its middle."""
-    fsdp = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}}
-    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "use_cpu": False}
-    logs = []
-    for checkpoint in (None, os.path.join(output_dir, "checkpoint-5")):
-        trainer = AlsalsTrainer(gpt2(dropout=0), arguments(output_dir, **fsdp, **saving), train_dataset=Sequences())
-        trainer.train(resume_from_checkpoint=checkpoint)
-        logs.append(training_logs(trainer))
-    if trainer.is_world_process_zero():
-        with open(os.path.join(output_dir, "logs.json"), "w") as file:
-            json.dump(logs, file)
-
-
 def test_fsdp2_through_the_trainer(tmp_path):
     alone = AlsalsTrainer(gpt2(dropout=0), arguments(tmp_path, use_cpu=False, max_steps=10), train_dataset=Sequences())
     alone.train()
-    program = tmp_path / "program.py"
-    program.write_text(f"from test_gpu import train_sharded\ntrain_sharded({str(tmp_path)!r})\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    subprocess.run([*command, sharded_run.__file__, str(tmp_path)], env=environment, check=True, timeout=300)
     whole, resumed = json.loads((tmp_path / "logs.json").read_text())
     assert whole == resumed
     step_sizes = [entry["step_size"] for entry in training_logs(alone)]

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from matplotlib.image import imread
-from test_trainer import Sequences, arguments, gpt2, training_logs
+from tiny_training import Sequences, arguments, gpt2, training_logs
 from torch import nn
 
 from hf_alsals import ALSALS, AlsalsTrainer, LineProfileCallback
@@ -45,7 +45,7 @@ def test_the_losses_on_the_line_are_those_of_adamw_at_these_learning_rates(steps
         expected["other"].append(loss_of(twin, other).item())
 
     before = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict()["state"]))
-    line = LineProfile(optimizer, clip_coef=0.5)
+    line = LineProfile(optimizer, lambda: loss_of(model, x), clip_coef=0.5)
     own = line.losses(lambda: loss_of(model, x), STEP_SIZES)
     after = (model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict()["state"])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
@@ -63,7 +63,6 @@ def test_the_losses_on_the_line_are_those_of_adamw_at_these_learning_rates(steps
 def test_weights_are_put_back_when_a_closure_fails():
     w = nn.Parameter(torch.ones(3))
     w.sum().backward()
-    line = LineProfile(ALSALS([w]))
     calls = []
 
     def closure():
@@ -72,6 +71,7 @@ def test_weights_are_put_back_when_a_closure_fails():
             raise RuntimeError("full")
         return w.sum()
 
+    line = LineProfile(ALSALS([w]), closure)
     with pytest.raises(RuntimeError, match="full"):
         line.losses(closure, STEP_SIZES)
     assert w.tolist() == [1.0, 1.0, 1.0]
@@ -109,6 +109,48 @@ def test_profiles_of_a_run_agree_with_its_logs_and_change_nothing(accumulation, 
     second = json.loads((folder / "step-000002.json").read_text())
     assert second["slope"] == pytest.approx(by_step[2]["slope"], rel=1e-5)
     assert second["accepted_step_size"] == by_step[2]["step_size"] * second["lr_multiplier"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("growth", ["path", "constant"])
+def test_at_the_accepted_step_size_a_profile_has_the_loss_that_the_search_measured(growth, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+    optimizer = ALSALS(model.parameters(), lr=0.5, weight_decay=0.1, growth=growth, search_interval=1)
+
+    for step in range(4):
+        x = torch.randn(16, 4, dtype=dtype)
+
+        def closure(x=x):
+            return (model(x) - x[:, :1]).float().square().mean()
+
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        line = LineProfile(optimizer, closure)
+        optimizer.step(closure, loss)
+        start, accepted = loss.item(), optimizer.step_size / (0.1 if growth == "path" and step == 0 else 1.0)
+        assert optimizer.search.accepted and optimizer.probes > 0
+        assert line.slope == optimizer.slope
+        # The weights have moved on since, to half the step and with weight decay: no business of the line.
+        before, after = line.losses(closure, [0.0, accepted])
+        assert (before, start - after) == (start, optimizer.actual_reduction)
+
+
+def test_a_profile_of_a_run_has_the_loss_that_the_search_measured(tmp_path):
+    settings = {"max_grad_norm": 0.1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    # The search takes the step size of its first probe, and that is the one in the middle of the profile.
+    optim_args = "growth=constant,growth_factor=1,c=1e-9,beta3=0,initial_step_size=1e-3"
+    args = arguments(tmp_path, max_steps=3, optim_args=optim_args, **settings)
+    callbacks = [LineProfileCallback(every=1, points=5)]
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), callbacks=callbacks)
+    trainer.train()
+    assert trainer.alsals.search.total_probes == 3
+    for entry in training_logs(trainer):
+        profile = json.loads((tmp_path / "line_profile" / f"step-00000{entry['step']}.json").read_text())
+        assert profile["step_sizes"][3] == profile["accepted_step_size"] == entry["step_size"]
+        assert profile["losses"][0] - profile["losses"][3] == entry["decrease"]
+        assert profile["slope"] == entry["slope"]
 
 
 class Fragile(nn.Module):

@@ -1,29 +1,14 @@
+import contextlib
 import random
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
+from noisy_model import NoisyModel
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from hf_alsals import LossReplay
-from hf_alsals.loss_replay import first_inexact_module
-
-
-class NoisyModel(nn.Module):
-    """Draws from every generator and moves buffers: one in place, one by replacing it."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 1))
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("last_batch_mean", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        self.last_batch_mean = x.mean()
-        noise = random.random() + np.random.rand() + torch.rand(())
-        return (self.layers(x) ** 2).mean() + noise
+from hf_alsals import ALSALS, LossReplay
 
 
 def generators():
@@ -107,9 +92,10 @@ def test_some_micro_batches_stand_for_all(probed, model):
     assert replay.loss.item() == pytest.approx(replay().item())
 
 
-def test_at_least_one_micro_batch_is_probed(model):
-    with pytest.raises(ValueError, match=r"probe_micro_batches must be at least 1, got 0\."):
-        LossReplay(model, Accelerator(cpu=True), probe_micro_batches=0)
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])
+def test_at_least_one_micro_batch_is_probed(value, error, model):
+    with pytest.raises(error, match=f"probe_micro_batches must be an int of at least 1, got {value!r}"):
+        LossReplay(model, Accelerator(cpu=True), probe_micro_batches=value)
 
 
 def test_buffers_that_begin_to_move_later_are_left_alone_too(model):
@@ -136,25 +122,79 @@ def test_no_graph_is_built(model):
     assert not replay.loss.requires_grad
 
 
-def test_the_innermost_module_with_two_answers_to_one_input_is_named(model):
-    class OwnNoise(nn.Module):
-        generator = torch.Generator().manual_seed(0)
+def test_a_loss_is_taken_for_one_optimizer_step(model):
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    replay = LossReplay(model, accelerator)
+    for _ in range(3):
+        for _ in range(2):
+            with accelerator.accumulate(model):
+                replay.record(model, torch.randn(8, 4))
+        assert replay.take_loss() == replay.loss == replay()
+        with pytest.raises(RuntimeError, match=r"no micro-batch of this optimizer step.*record\(\)"):
+            replay.take_loss()
+        assert replay.loss == replay()  # who only looks may go on looking
 
-        def forward(self, *, x):
-            return {"x": [x + torch.rand(x.shape, generator=self.generator)]}
 
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = OwnNoise()
-
-        def forward(self, x):
-            return self.inner(x=x)["x"][0]
-
-    x = torch.randn(8, 4)
+def test_after_clear_there_is_nothing_to_take(model):
     replay = LossReplay(model, Accelerator(cpu=True))
-    replay.record(model, x)
-    assert first_inexact_module(model, replay) is None
-    model.layers.insert(1, Wrapper())
-    assert first_inexact_module(model, replay) == "layers.1.inner (OwnNoise)"
-    assert not any(module._forward_hooks for module in model.modules())
+    replay.record(model, torch.randn(8, 4))
+    replay.clear()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no micro-batch to replay"):
+            replay.take_loss()
+    replay.record(model, torch.randn(8, 4))
+    assert replay.take_loss() == replay()
+
+
+def test_an_optimizer_takes_one_step_with_a_record(model):
+    replay = LossReplay(model, Accelerator(cpu=True))
+    optimizer = ALSALS(model.parameters())
+    optimizer.set_closure(replay)
+    for _ in range(2):
+        replay.record(model, torch.randn(8, 4)).backward()
+        assert optimizer.pending_loss == replay.loss
+        optimizer.step()
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match="no micro-batch of this optimizer step"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_a_probe_runs_in_its_context_and_leaves_it_when_it_fails(model):
+    depth, seen = [0], []
+
+    @contextlib.contextmanager
+    def context():
+        depth[0] += 1
+        try:
+            yield
+        finally:
+            depth[0] -= 1
+
+    def loss_of(x):
+        seen.append(depth[0])
+        return model(x)
+
+    replay = LossReplay(model, Accelerator(cpu=True), probe_context=context)
+    x = torch.randn(8, 4)
+    replay.record(loss_of, x)
+    assert replay() == replay() == replay.loss
+    assert (seen, depth) == ([0, 1, 1], [0])
+    x.resize_(8, 3)
+    with pytest.raises(RuntimeError):
+        replay()
+    assert (seen, depth) == ([0, 1, 1, 1], [0])
+
+
+def test_a_state_dict_is_loaded_as_torch_distributed_does_after_the_closure_is_set(model):
+    trained, loaded = ALSALS(model.parameters()), ALSALS(model.parameters())
+    for optimizer in (trained, loaded):
+        replay = LossReplay(model, Accelerator(cpu=True))
+        optimizer.set_closure(replay)
+        if optimizer is trained:
+            replay.record(model, torch.randn(8, 4)).backward()
+            optimizer.step()
+    set_optimizer_state_dict(model, loaded, get_optimizer_state_dict(model, trained))
+    assert loaded.search == trained.search
+    for p in model.parameters():
+        assert all(torch.equal(value, loaded.state[p][name]) for name, value in trained.state[p].items())

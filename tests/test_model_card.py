@@ -2,7 +2,7 @@ import socket
 
 import pytest
 from huggingface_hub import ModelCard
-from test_trainer import Sequences, arguments, gpt2
+from tiny_training import Sequences, arguments, gpt2
 from transformers import TrainingArguments
 
 from hf_alsals import AlsalsTrainer
@@ -21,14 +21,14 @@ def test_the_card_says_how_the_step_size_was_found(trained, tmp_path):
     trained.create_model_card(tasks="text-generation", tags="tiny")
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert {"alsals", "tiny"} <= set(card.data.tags)
-    search = trained.alsals.line_search
+    alsals = trained.alsals
     for row in (
         "No learning rate was chosen: the step size was found by a line search along Adam's direction (ALSALS,",
         "| optimizer | `salsa` |",
-        "c 0.4, beta3 0.99, growth_factor 1.1, decrease_factor 0.8, initial_step_size 0.1, growth constant, "
-        "slope preconditioned, search_interval adaptive",
-        f"| last step size | {search.step_size:.4g} |",
-        f"| probes per step | {search.total_probes / 6:.2f} |",
+        "| options | c 0.4, beta3 0.99, growth_factor 1.1, search_interval adaptive, decrease_factor 0.8, "
+        "initial_step_size 0.1, growth constant, slope preconditioned |",
+        f"| last step size | {alsals.step_size:.4g} |",
+        f"| probes per step | {alsals.search.total_probes / 6:.2f} |",
         "![Loss and step size over the optimizer steps](step_size.png)",
         "This model was trained from scratch",
     ):

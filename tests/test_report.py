@@ -9,40 +9,12 @@ import shutil
 
 import pytest
 from matplotlib.image import imread
-from test_trainer import Sequences, arguments, gpt2
-from transformers import TrainerState
+from tiny_training import Sequences, arguments, gpt2
+from written_runs import ADAMW_LOGS, ALSALS_LOGS, END_LOG, EVAL_LOGS, write_run
 
 from hf_alsals import AlsalsTrainer
 from hf_alsals.line_profile import LineProfileCallback
 from hf_alsals.report import compare, load_run, report
-
-ALSALS_LOGS = [
-    {
-        "step": step,
-        "loss": 3 / step,
-        "learning_rate": 1e-3 * step,
-        "step_size": 1e-3 * step,
-        "lr_multiplier": 1 / step,
-        "armijo_ratio": 0.5,
-        "path_slope": -0.1,
-        "probes": 3.0 if step == 10 else 0.5,
-    }
-    for step in (10, 20, 40)
-]
-ADAMW_LOGS = [{"step": step, "loss": 3 / step, "grad_norm": 1.0, "learning_rate": 1e-3} for step in (10, 20, 40)]
-EVAL_LOGS = [
-    {"step": step, "eval_loss": loss, "eval_accuracy": accuracy, "eval_runtime": 9.87}
-    for step, loss, accuracy in ((20, 0.25, 0.5), (40, 0.375, 0.25))
-]
-END_LOG = {"step": 40, "train_runtime": 8.0, "train_steps_per_second": 5.0, "train_loss": 1.0}
-
-
-def write_run(folder, logs, step=40, max_steps=40, **callbacks):
-    folder.mkdir(parents=True, exist_ok=True)
-    attributes = {name: {"args": {}, "attributes": value} for name, value in callbacks.items()}
-    state = TrainerState(global_step=step, max_steps=max_steps, log_history=logs, stateful_callbacks=attributes)
-    state.save_to_json(folder / "trainer_state.json")
-    return str(folder)
 
 
 class Page(html.parser.HTMLParser):
@@ -127,6 +99,24 @@ def test_the_armijo_ratio_is_drawn_with_the_c_of_the_run(c, tmp_path):
     assert blue[0] < blue[1] / 3
 
 
+def test_what_the_growth_rule_logs_is_drawn_by_name(tmp_path):
+    steps = {"growth_metrics": ["path_slope", "tensors_raised", "not_logged"]}
+    logs = [{**entry, "tensors_raised": number} for number, entry in enumerate(ALSALS_LOGS)]
+    page = Page(report(write_run(tmp_path / "run", logs, StepSizeCallback=steps)))
+    curves = ["loss", "step size", "Armijo ratio, cut off at -1 and 2", "probes per step"]
+    assert list(page.images) == [*curves, "path slope", "tensors raised"]
+    rising, flat = page.pixels("tensors raised", tmp_path), page.pixels("path slope", tmp_path)
+    assert has_color(rising, "#1f77b4") and has_color(flat, "#1f77b4") and (rising != flat).any()
+    assert list(Page(report(write_run(tmp_path / "other", logs))).images) == curves
+
+
+@pytest.mark.parametrize(("growth", "drawn"), [("path", ["path slope"]), ("constant", [])])
+def test_a_run_says_what_its_growth_rule_logs(growth, drawn, tmp_path):
+    args = arguments(tmp_path, max_steps=3, optim_args=f"growth={growth},search_interval=1")
+    AlsalsTrainer(gpt2(), args, train_dataset=Sequences()).train()
+    assert list(Page(report(str(tmp_path))).images)[4:] == drawn
+
+
 def test_the_newest_of_the_states_is_taken(tmp_path):
     write_run(tmp_path / "checkpoint-20", ALSALS_LOGS[:2], step=20)
     assert load_run(str(tmp_path)).state.global_step == 20
@@ -166,7 +156,8 @@ def test_a_metric_that_is_no_number_is_left_out(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 def test_values_that_no_curve_can_show(value, tmp_path):
     logs = [{name: item if name == "step" else value for name, item in entry.items()} for entry in ALSALS_LOGS]
-    page = Page(report(write_run(tmp_path, [*logs, {"step": 40, "eval_loss": value}])))
+    steps = {"growth_metrics": ["path_slope"]}
+    page = Page(report(write_run(tmp_path, [*logs, {"step": 40, "eval_loss": value}], StepSizeCallback=steps)))
     assert page.cells()["training loss, last"] == f"{value:.4g}"
     assert page.cells()["eval_loss, lowest"] == f"{value:.4g} (step 40)"
     assert len(page.images) == 5
@@ -341,7 +332,7 @@ def test_the_pages_of_a_real_run_in_a_real_browser(browser, tmp_path):
         "eval_loss, last": f"{last:.4g}",
         "step size of the search, last": f"{logs[-1]['step_size']:.4g}",
         "step size taken, last": f"{logs[-1]['learning_rate'] * logs[-1]['lr_multiplier']:.4g}",
-        "probes per step": f"{trainer.alsals.line_search.total_probes / 12:.2f}",
+        "probes per step": f"{trainer.alsals.search.total_probes / 12:.2f}",
         "steps per second": f"{12 / trainer.state.log_history[-1]['train_runtime']:.4g}",
         "max_steps": "12",
         "output_dir": "run",

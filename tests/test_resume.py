@@ -2,23 +2,19 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+import resumable_run
 import torch
 from safetensors.torch import load_file
-from test_trainer import Sequences, arguments, gpt2, training_logs, weights
+from tiny_training import Sequences, arguments, gpt2, training_logs, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_alsals import AlsalsTrainer
-from hf_alsals.trainer import last_whole_checkpoint
-
-SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 20, "gradient_accumulation_steps": 2}
 
 
 class Poisoned(AlsalsTrainer):
@@ -32,7 +28,7 @@ class Poisoned(AlsalsTrainer):
 @pytest.mark.parametrize("save_steps", [1, 5, 7])
 @pytest.mark.parametrize("cls", [AlsalsTrainer, Poisoned])
 def test_a_run_resumed_at_any_step_continues_bit_for_bit(cls, save_steps, tmp_path):
-    settings = SAVING | {"save_steps": save_steps, "optim_args": "search_interval=3"}
+    settings = resumable_run.SAVING | {"save_steps": save_steps, "optim_args": "search_interval=3"}
     whole = cls(gpt2(), arguments(tmp_path, **settings), train_dataset=Sequences())
     whole.train()
     for step in range(save_steps, 20, save_steps):
@@ -45,22 +41,14 @@ def test_a_run_resumed_at_any_step_continues_bit_for_bit(cls, save_steps, tmp_pa
         assert logs[0] == logs[1]
         for mine, theirs in zip(whole.alsals.state.values(), resumed.alsals.state.values()):
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-        assert whole.alsals.line_search.state_dict() == resumed.alsals.line_search.state_dict()
+        assert whole.alsals.search == resumed.alsals.search
         assert whole.alsals.skipped_steps == resumed.alsals.skipped_steps == (1 if cls is Poisoned else 0)
 
 
-def run_to_the_end(output_dir):
-    """The program of the processes that are killed."""
-    trainer = AlsalsTrainer(gpt2(), arguments(output_dir, **SAVING), train_dataset=Sequences())
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir) is not None or None)
-    trainer.save_model()
-
-
 def start(output_dir):
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))
     return subprocess.Popen(
-        [sys.executable, "-c", f"from test_resume import run_to_the_end; run_to_the_end({str(output_dir)!r})"],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [sys.executable, resumable_run.__file__, str(output_dir)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,23 +77,6 @@ def test_a_run_killed_between_and_during_saves_ends_at_the_weights_of_an_undistu
     assert last.wait(120) == 0, last.stderr.read()
     whole, killed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", output))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-
-
-def test_only_a_checkpoint_written_to_its_end_counts(tmp_path):
-    assert last_whole_checkpoint(str(tmp_path / "nowhere")) is None
-    assert last_whole_checkpoint(str(tmp_path)) is None
-    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, **SAVING | {"max_steps": 12}), train_dataset=Sequences())
-    trainer.train()
-    state = tmp_path / "checkpoint-12" / "trainer_state.json"
-    assert last_whole_checkpoint(str(tmp_path)) == str(state.parent)
-    state.write_text(state.read_text()[:-100])
-    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
-    shutil.rmtree(tmp_path / "checkpoint-9")
-    (tmp_path / "checkpoint-9").mkdir()
-    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
-    resumed = AlsalsTrainer(gpt2(), arguments(tmp_path, **SAVING | {"max_steps": 12}), train_dataset=Sequences())
-    resumed.train(resume_from_checkpoint=True)
-    assert torch.equal(weights(resumed), weights(trainer))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -207,7 +178,7 @@ def test_hyperparameter_search_tries_line_search_options(tmp_path):
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            seen.append((trainer.alsals.line_search.c, trainer.alsals.line_search.total_probes))
+            seen.append((trainer.alsals.line_search.acceptance.c, trainer.alsals.search.total_probes))
 
     trainer.add_callback(Watch())
     trainer.hyperparameter_search(hp_space=space, n_trials=3, backend="optuna", direction="minimize")

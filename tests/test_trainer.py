@@ -3,16 +3,8 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from tiny_training import VOCABULARY, Observer, Sequences, arguments, gpt2, training_logs, weights
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from hf_alsals import (
     ALSALS,
@@ -21,80 +13,8 @@ from hf_alsals import (
     AlsalsSeq2SeqTrainingArguments,
     AlsalsTrainer,
     AlsalsTrainerMixin,
-    AlsalsTrainingArguments,
     FailureCallback,
 )
-
-VOCABULARY, LENGTH = 31, 16
-
-
-class Sequences(Dataset):
-    """Arithmetic sequences, with a different number of labels in each."""
-
-    def __init__(self, size=48):
-        self.size = size
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        if index >= self.size:
-            raise IndexError(index)
-        input_ids = (torch.arange(LENGTH) * (index % 7 + 1) + index) % VOCABULARY
-        labels = input_ids.clone()
-        labels[: index % 5] = -100
-        return {"input_ids": input_ids, "labels": labels}
-
-
-def gpt2(dropout=0.1, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2,
-        n_embd=16,
-        n_head=2,
-        n_positions=LENGTH,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-    )
-    return GPT2LMHeadModel(config).to(dtype)
-
-
-def arguments(tmp_path, cls=AlsalsTrainingArguments, **kwargs):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "optim": "alsals",
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    if kwargs.get("optim", "alsals") == "alsals":
-        defaults["optim_args"] = "search_interval=1"  # runs of a few steps have to search
-    return cls(**defaults | kwargs)
-
-
-class Observer(TrainerCallback):
-    """Calls a function before every optimizer step, when gradients are clipped and the closure is handed over."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def on_pre_optimizer_step(self, *args, **kwargs):
-        self.function()
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def training_logs(trainer):
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -163,82 +83,61 @@ def test_the_slope_is_that_of_the_loss_however_the_gradients_are_clipped(tmp_pat
     assert slopes == pytest.approx([slopes[0]] * 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
+def test_the_logged_slope_is_that_of_the_unclipped_gradients_along_the_direction_of_the_clipped_ones(
+    max_grad_norm, accumulation, tmp_path
+):
+    unclipped = []
+
+    class Watching(AlsalsTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                unclipped.append([p.grad.clone() for p in self.model.parameters()])
+            return loss
+
+    settings = {"max_grad_norm": max_grad_norm, "lr_scheduler_type": "constant", "max_steps": 4}
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation, **settings)
+    trainer = Watching(gpt2(dtype=torch.float64), args, train_dataset=Sequences())
+    trainer.train()
+    exp_avg = exp_avg_sq = 0.0
+    for step, (grads, entry) in enumerate(zip(unclipped, training_logs(trainer), strict=True), start=1):
+        grad = torch.cat([one.flatten() for one in grads])
+        assert (grad.norm() > 0.05) and (grad.norm() < 100)  # clipped in every step, or in none
+        clipped = grad * min(1.0, max_grad_norm / (grad.norm() + 1e-6))
+        exp_avg = 0.9 * exp_avg + 0.1 * clipped
+        exp_avg_sq = 0.999 * exp_avg_sq + 0.001 * clipped**2
+        direction = exp_avg / (1 - 0.9**step) / ((exp_avg_sq / (1 - 0.999**step)).sqrt() + 1e-8)
+        assert entry["slope"] == pytest.approx((grad @ direction).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_closure_is_set_once_in_a_training(accumulation, tmp_path):
+    class Counting(ALSALS):
+        def set_closure(self, closure, loss=None):
+            closures.append((closure, loss))
+            super().set_closure(closure, loss)
+
+    closures = []
+    model = gpt2()
+    optimizer = Counting(model.parameters(), search_interval=1)
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    trainer = AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert closures == [(trainer.loss_replay, None)]
+    trainer.train()  # another training has another closure
+    assert closures[1:] == [(trainer.loss_replay, None)]
+    assert closures[0][0] is not trainer.loss_replay
+
+
 def test_weight_decay_skips_biases_and_norms_as_in_the_trainer(tmp_path):
     trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, weight_decay=0.1), train_dataset=Sequences())
     trainer.create_optimizer()
     decayed, rest = trainer.optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 1 for p in rest["params"]) and all(p.ndim == 2 for p in decayed["params"])
-
-
-def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
-    reported = []
-
-    class Tracker(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            reported.append(dict(logs))
-
-    args = arguments(tmp_path, logging_steps=3, lr_scheduler_type="linear")
-    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), callbacks=[Tracker()])
-    trainer.train()
-    logs = training_logs(trainer)
-    assert [entry["lr_multiplier"] for entry in logs] == pytest.approx([4 / 6, 1 / 6])
-    for entry, seen in zip(logs, reported):
-        assert entry["learning_rate"] == entry["step_size"] > 0
-        assert {name: entry[name] for name in seen} == seen
-    searched, annealed = logs
-    assert searched["slope"] > 0
-    assert math.isfinite(searched["decrease"])
-    assert -1 <= searched["path_slope"] <= 1
-    assert searched["armijo_ratio"] >= 0.3
-    assert not {"slope", "decrease", "path_slope", "armijo_ratio"} & set(annealed)
-    assert logs[-1]["step_size"] == trainer.alsals.step_size
-    assert sum(entry["probes"] * 3 for entry in logs) == pytest.approx(trainer.alsals.line_search.total_probes)
-
-
-COSINE_IN_FIVE = [(1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 5)]
-
-
-@pytest.mark.parametrize(
-    ("settings", "multipliers"),
-    [
-        ({}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
-        ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 2 / 3, 1 / 3]),
-        ({"lr_scheduler_kwargs": {"num_decay_steps": 4}}, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
-        ({"lr_scheduler_kwargs": {"num_stable_steps": 0}}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
-        ({"lr_scheduler_kwargs": {"num_stable_steps": None}}, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
-        ({"lr_scheduler_kwargs": {"num_stable_steps": 8}}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5]),
-        ({"warmup_steps": 2, "lr_scheduler_kwargs": {"num_stable_steps": 6}}, [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5]),
-        ({"lr_scheduler_kwargs": {"decay_type": "cosine"}}, [1, 1, 1, 1, 1, 1, *COSINE_IN_FIVE]),
-        ({"lr_scheduler_kwargs": {"min_lr_ratio": 0.5}}, [1, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7, 0.6]),
-        ({"lr_scheduler_type": "linear"}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
-    ],
-)
-def test_the_schedule_falls_in_the_second_half_unless_told_otherwise(settings, multipliers, tmp_path):
-    args = arguments(tmp_path, max_steps=10, **settings)
-    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
-    optimizer = trainer.create_optimizer()
-    scheduler = trainer.create_scheduler(10, optimizer)
-    seen = []
-    for _ in multipliers:
-        seen += scheduler.get_last_lr()[:1]
-        optimizer.step(lambda: 0.0, 0.0)
-        scheduler.step()
-    assert seen == pytest.approx(multipliers)
-    assert trainer.args is args and args.lr_scheduler_kwargs == settings.get("lr_scheduler_kwargs")
-
-
-@pytest.mark.parametrize(
-    ("changes", "rates"),
-    [(None, [6, 6, 6, 6, 4, 2]), ({"num_decay_steps": 3}, [6, 6, 6, 6, 4.5, 1.5])],
-    ids=["ours", "the Trainer's own"],
-)
-def test_adamw_takes_the_same_schedule_where_the_trainer_has_none(changes, rates, tmp_path):
-    settings = {"optim": "adamw_torch", "learning_rate": 6e-4, "lr_scheduler_type": "warmup_stable_decay"}
-    args = arguments(tmp_path, max_steps=6, lr_scheduler_kwargs=changes, **settings)
-    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
-    trainer.train()
-    assert [1e4 * entry["learning_rate"] for entry in training_logs(trainer)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("preset", ["alsals", "salsa"])
@@ -259,9 +158,19 @@ def test_a_resumed_run_continues_bit_for_bit(preset, accumulation, tmp_path):
 def test_a_second_call_of_train_works(tmp_path):
     trainer = AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences())
     trainer.train()
-    probes = trainer.alsals.line_search.total_probes
+    probes, before = trainer.alsals.search.total_probes, weights(trainer).clone()
+    seen = []
+    trainer.add_callback(
+        Observer(lambda: seen.append((trainer.loss_replay().item(), trainer.loss_replay.loss.item())))
+    )
     trainer.train()
-    assert trainer.alsals.line_search.total_probes > probes
+    assert trainer.alsals.search.total_probes > probes
+    assert not torch.equal(weights(trainer), before)
+    assert len(seen) == trainer.state.global_step == 6
+    assert all(replayed == trained for replayed, trained in seen)
+    logs = training_logs(trainer)
+    assert [entry["step"] for entry in logs] == [1, 2, 3, 4, 5, 6]
+    assert sum(entry["probes"] for entry in logs) == trainer.alsals.search.total_probes - probes
 
 
 def test_a_hand_made_optimizer_works_with_plain_arguments(tmp_path):
@@ -271,7 +180,7 @@ def test_a_hand_made_optimizer_works_with_plain_arguments(tmp_path):
     trainer = AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=(optimizer, None))
     trainer.train()
     assert trainer.alsals is optimizer
-    assert optimizer.line_search.total_probes >= 6
+    assert optimizer.search.total_probes >= 6
 
 
 class DoubledLoss(Trainer):
@@ -402,4 +311,4 @@ def test_a_probe_computes_the_loss_of_as_many_micro_batches_as_asked_for(tmp_pat
         trainer = Counting(gpt2(), args, train_dataset=Sequences())
         trainer.remove_callback(FailureCallback)  # which probes once more
         trainer.train()
-        assert trainer.calls == 3 * 4 + probed * trainer.alsals.line_search.total_probes
+        assert trainer.calls == 3 * 4 + probed * trainer.alsals.search.total_probes

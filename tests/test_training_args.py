@@ -1,15 +1,30 @@
 from dataclasses import dataclass, fields
 
 import pytest
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_alsals import (
+    ALSALS,
+    LINE_SEARCHES,
     PRESETS,
     AlsalsArgumentsMixin,
     AlsalsSeq2SeqTrainingArguments,
+    AlsalsTrainer,
     AlsalsTrainingArguments,
 )
+from hf_alsals.presets import line_search_of
+
+# A value of each option that is no preset's.
+VALUES = {
+    "c": 0.42,
+    "beta3": 0.37,
+    "growth_factor": 1.07,
+    "decrease_factor": 0.61,
+    "initial_step_size": 0.023,
+    "search_interval": 4,
+}
 
 
 def from_command_line(*flags, cls=AlsalsTrainingArguments):
@@ -88,6 +103,35 @@ def test_optim_args_and_adam_arguments_reach_the_optimizer(tmp_path):
     }
 
 
+def optimizer_of(args):
+    optimizer_cls, kwargs = AlsalsTrainer.get_optimizer_cls_and_kwargs(args)
+    return optimizer_cls([torch.nn.Parameter(torch.ones(3))], **kwargs)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_option_of_every_preset_reaches_the_optimizer(preset, tmp_path):
+    defaults = optimizer_of(AlsalsTrainingArguments(str(tmp_path), optim=preset)).line_search.options
+    assert defaults == ALSALS([torch.nn.Parameter(torch.ones(3))], **PRESETS[preset]).line_search.options
+    for name, value in VALUES.items():
+        args = AlsalsTrainingArguments(str(tmp_path), optim=preset, optim_args=f"{name}={value}")
+        options = optimizer_of(args).line_search.options
+        assert options == defaults | {name: value} and options != defaults
+        assert type(options[name]) is type(value)
+    together = ",".join(f"{name}={value}" for name, value in VALUES.items())
+    args = AlsalsTrainingArguments(str(tmp_path), optim=preset, optim_args=together)
+    assert optimizer_of(args).line_search.options == VALUES
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("growth", LINE_SEARCHES)
+def test_growth_and_slope_reach_the_optimizer(preset, growth, tmp_path):
+    optim_args = f"growth={growth},slope=finite_difference,search_interval=adaptive"
+    optimizer = optimizer_of(AlsalsTrainingArguments(str(tmp_path), optim=preset, optim_args=optim_args))
+    assert optimizer.line_search.growth.name == growth
+    assert optimizer.slope_method == "finite_difference"
+    assert optimizer.line_search.options["search_interval"] == "adaptive"
+
+
 def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
     assert AlsalsTrainingArguments(str(tmp_path), optim="adam_sls").alsals_kwargs()["betas"] == (0.0, 0.999)
 
@@ -95,22 +139,53 @@ def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
-        ("probe_micro_batches=0", "probe_micro_batches must be at least 1, got 0."),
-        ("probe_micro_batches=half", "probe_micro_batches must be an int, got 'half'."),
-        ("foo=1", "unknown key 'foo'.*takes growth, c, beta3"),
-        ("c=high", "c must be a number, got 'high'"),
+        ("probe_micro_batches=0", "probe_micro_batches must be an int of at least 1, got 0"),
+        ("probe_micro_batches=2.0", "probe_micro_batches must be an int of at least 1, got 2.0"),
+        ("probe_micro_batches=half", "probe_micro_batches must be an int of at least 1, got 'half'"),
+        ("c=high", r"c must be a number in \(0, 1\), got 'high'"),
         ("c=1.5", r"c must be a number in \(0, 1\), got 1.5"),
+        ("c=nan", r"c must be a number in \(0, 1\), got nan"),
+        ("beta3=1", r"beta3 must be a number in \[0, 1\), got 1"),
         ("growth_factor=0.9", "growth_factor must be a finite number of at least 1, got 0.9"),
-        ("search_interval=often", "search_interval must be an int or \"adaptive\", got 'often'"),
+        ("decrease_factor=0", r"decrease_factor must be a number in \(0, 1\), got 0"),
+        ("initial_step_size=inf", "initial_step_size must be a positive finite number, got inf"),
+        ("search_interval=often", "search_interval must be at least 1 or \"adaptive\", got 'often'"),
+        ("search_interval=1.5", 'search_interval must be an int or "adaptive", got 1.5'),
         ("search_interval=0", "search_interval must be at least 1"),
         ("growth=fast", "growth must be one of path, constant, got 'fast'"),
         ("slope=steep", "slope must be one of exact, preconditioned, finite_difference, got 'steep'"),
+        ("lr=0.5", "unknown key 'lr'"),
         ("c:0.5", "must look like \"c=0.5,growth_factor=1.02\", got 'c:0.5'"),
     ],
 )
 def test_a_bad_optim_arg_is_named_before_training(optim_args, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^optim_args.* {message}"):
         AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args=optim_args)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_unknown_option_is_named_with_all_that_there_are(preset, tmp_path):
+    options = line_search_of(PRESETS[preset]["growth"]).options
+    assert set(options) == set(VALUES)
+    names = ", ".join(["growth", "slope", "probe_micro_batches", *options])
+    with pytest.raises(ValueError, match=rf"unknown key 'momentum': {preset} takes {names}\.$"):
+        AlsalsTrainingArguments(str(tmp_path), optim=preset, optim_args="c=0.5,momentum=0.9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0, got -1.0"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon must be a finite number of at least 0, got -1e-08"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number of at least 0, got inf"),
+        ({"adam_beta1": 1.0}, r"adam_beta1 and adam_beta2 must be two numbers in \[0, 1\), got \(1.0, 0.999\)"),
+        ({"adam_beta2": -0.1}, r"adam_beta1 and adam_beta2 must be two numbers in \[0, 1\), got \(0.9, -0.1\)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_hyperparameter_has_the_name_of_its_training_argument(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        AlsalsTrainingArguments(str(tmp_path), optim="alsals", **arguments)
 
 
 def test_optim_args_that_are_not_text_are_refused(tmp_path):

@@ -10,11 +10,11 @@ import torch
 import yaml
 from hub_server import HubServer
 from safetensors.torch import load as load_safetensors
-from test_trainer import Sequences, arguments, gpt2
+from tiny_training import Sequences, arguments, gpt2
 from transformers import TrainingArguments
 
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.hub import PublishedArguments, is_local_path, remove_local_base_model, without_local_paths
+from hf_alsals.publishing import PublishedArguments, is_local_path, remove_local_base_model, without_local_paths
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "4", "--report_to", "none", "--optim", "alsals"]
@@ -139,7 +139,7 @@ def test_user_code_pushes_with_the_trainer(arguments_class, hub, tmp_path):
         f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_trainer import Sequences, arguments, gpt2
+from tiny_training import Sequences, arguments, gpt2
 from transformers import TrainingArguments
 from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
 

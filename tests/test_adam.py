@@ -1,0 +1,120 @@
+import pytest
+import torch
+from small_problems import adam_direction_of, assert_identical, make_net, net_loss, parameter_group, single
+from torch import nn
+
+from hf_alsals.adam import AdamDirection
+
+
+def update(groups, state):
+    direction = AdamDirection(groups, state)
+    direction.update()
+    return direction
+
+
+def test_it_is_the_formula_with_the_betas_and_eps_of_each_group():
+    settings = [{"betas": (0.5, 0.9), "eps": 0.1}, {"betas": (0.9, 0.99), "eps": 1e-8}, {"betas": (0.0, 0.0)}]
+    params = [single([1.0, 2.0]), single([[3.0], [-1.0]]), single([5.0])]
+    groups = [parameter_group([p], **group) for p, group in zip(params, settings)]
+    state = {p: {} for p in params}
+    histories = [[] for _ in params]
+    for k in range(6):
+        for p, history in zip(params, histories):
+            p.grad = torch.sin(k + p.detach() ** 2)
+            history.append(p.grad.clone())
+        before = [p.detach().clone() for p in params]
+        direction = update(groups, state)
+        slopes, preconditioned = direction.slope(), direction.slope(momentum=False)
+        with torch.no_grad():
+            direction.move(0.01)
+        for i, (p, history, group) in enumerate(zip(params, histories, groups)):
+            expected = adam_direction_of(history, *group["betas"], group["eps"])
+            torch.testing.assert_close(p.detach(), before[i] - 0.01 * expected, rtol=1e-12, atol=1e-12)
+            assert slopes[i].item() == pytest.approx((history[-1] * expected).sum().item(), rel=1e-10)
+            without = adam_direction_of(history, 0.0, group["betas"][1], group["eps"])
+            assert preconditioned[i].item() == pytest.approx((history[-1] * without).sum().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("probes", [0, 2])
+def test_a_step_is_that_of_adamw_to_the_bit_whatever_was_probed(dtype, probes):
+    nets = [make_net(dtype), make_net(dtype)]
+    settings = {2: {"weight_decay": 0.1}, 1: {"weight_decay": 0.02, "betas": (0.8, 0.99), "eps": 1e-4}}
+    groups, adamw_groups = (
+        [
+            parameter_group([p for p in net.parameters() if p.ndim == ndim], **{"lr": 0.01} | settings[ndim])
+            for ndim in settings
+        ]
+        for net in nets
+    )
+    state = {p: {} for p in nets[0].parameters()}
+    adamw = torch.optim.AdamW(adamw_groups)
+    for k in range(30):
+        for net in nets:
+            net.zero_grad()
+            net_loss(net, k).backward()
+        direction = update(groups, state)
+        with torch.no_grad():
+            if probes:
+                direction.save()
+            for probe in range(probes):
+                direction.move(0.7 + probe)
+            direction.step(1.0)
+        adamw.step()
+        for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+            assert_identical(p.detach(), q.detach())
+
+
+def test_pieces_of_large_parameters_and_what_cannot_be_cut_move_as_in_adamw():
+    torch.manual_seed(0)
+    starts = [torch.randn(700, 500), torch.randn(500, 700).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    adamw = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.01, eps=1e-8)
+    state = {p: {} for p in ours}
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            gradient = torch.randn(one.shape)
+            one.grad, other.grad = gradient.clone(), gradient.clone()
+        gradients = [p.grad.double() for p in ours]
+        direction = update([parameter_group(ours, weight_decay=0.01)], state)
+        slope = sum(slope.item() for slope in direction.slope())
+        with torch.no_grad():
+            direction.save()
+            direction.move(0.3)
+            direction.move(0.2)
+            direction.step(0.1)
+        before = [p.detach().double() for p in theirs]
+        adamw.step()
+        for one, other in zip(ours, theirs):
+            assert_identical(one.detach(), other.detach())
+        moved = [start * (1 - 0.001) - p.detach().double() for start, p in zip(before, theirs)]
+        expected = sum((gradient * move).sum().item() / 0.1 for gradient, move in zip(gradients, moved))
+        assert slope == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_parameter_has_its_own_bias_correction():
+    early, late = single([1.0, -3.0]), single([2.0])
+    state = {early: {}, late: {}}
+    histories = {early: [], late: []}
+    for k in range(8):
+        early.grad, late.grad = None, None
+        for p in (early, late) if k >= 4 else (early,):
+            p.grad = p.detach() ** 3
+            histories[p].append(p.grad.clone())
+        before = {p: p.detach().clone() for p in histories}
+        direction = update([parameter_group([early, late])], state)
+        with torch.no_grad():
+            direction.move(0.05)
+        for p, history in histories.items():
+            step = 0.05 * adam_direction_of(history) if history else 0.0
+            torch.testing.assert_close(p.detach(), before[p] - step, rtol=1e-12, atol=1e-12)
+    assert (state[early]["step"].item(), state[late]["step"].item()) == (8, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_second_moment_of_a_small_half_precision_gradient_does_not_underflow(dtype):
+    w = single([1.0, 2.0], dtype)
+    w.grad = torch.tensor([1e-4, -1e-4], dtype=dtype)
+    with torch.no_grad():
+        update([parameter_group([w])], {w: {}}).move(0.25)
+    assert w.tolist() == pytest.approx([0.75, 2.25], rel=0.01)

@@ -1,0 +1,84 @@
+import json
+import logging
+
+import pytest
+import torch
+from tiny_training import Sequences, arguments, gpt2
+from torch import nn
+
+from hf_alsals import AlsalsTrainer, FailureCallback
+
+
+class OwnDropout(nn.Module):
+    """Draws from a generator that no probe can know."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return 100 * x * (torch.rand(x.shape, generator=self.generator) < 0.5)  # far above rounding in every draw
+
+
+class OtherWithoutGradients(nn.Module):
+    """Computes something else in a probe than in training, the same in all probes."""
+
+    def forward(self, x):
+        return x if torch.is_grad_enabled() else x + 10
+
+
+@pytest.mark.parametrize("optim", ["alsals", "alsals_paper"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_healthy_run_has_no_warning(optim, accumulation, tmp_path, caplog):
+    args = arguments(tmp_path, optim=optim, max_steps=60, gradient_accumulation_steps=accumulation)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    trainer.train()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"] == []
+    assert not [record for record in caplog.records if record.name.startswith("hf_alsals")]
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [(OwnDropout(), "transformer.h.1.mlp.act (OwnDropout)"), (OtherWithoutGradients(), "no single module")],
+    ids=["own generator", "without gradients"],
+)
+def test_a_probe_that_does_not_repeat_training_is_named_once_and_kept_over_a_resume(module, cause, tmp_path, caplog):
+    def trainer(**kwargs):
+        model = gpt2()
+        model.transformer.h[1].mlp.act = module
+        args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, **kwargs)
+        return AlsalsTrainer(model, args, train_dataset=Sequences())
+
+    def warnings():
+        state = json.loads((tmp_path / "trainer_state.json").read_text())
+        return state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"]
+
+    with caplog.at_level(logging.WARNING, logger="hf_alsals"):
+        trainer().train()
+    (warning,) = warnings()
+    assert warning["step"] == 0
+    assert cause in warning["message"] and "step size 0" in warning["message"]
+    assert sum(warning["message"] in record.message for record in caplog.records) == 1
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [one["step"] for one in warnings()] == [0, 2]
+
+
+def test_the_check_changes_nothing_in_training(tmp_path):
+    logs = []
+    for remove in (False, True):
+        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences())
+        if remove:
+            trainer.remove_callback(FailureCallback)
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == logs[1]
+
+
+def test_the_callbacks_are_there_once_and_for_alsals_only(tmp_path):
+    def names(**kwargs):
+        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, **kwargs), callbacks=[FailureCallback()])
+        return [type(one).__name__ for one in trainer.callback_handler.callbacks]
+
+    assert names().count("FailureCallback") == names().count("StepSizeCallback") == 1
+    assert "StepSizeCallback" not in names(optim="adamw_torch")
