@@ -3,7 +3,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests run beside each other
 
 import pytest
-
 from accelerate.state import AcceleratorState, GradientState
 
 pytest.register_assert_rewrite("exactness", "searching", "small_problems")
