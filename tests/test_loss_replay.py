@@ -140,7 +140,7 @@ def test_after_clear_there_is_nothing_to_take(model):
     replay.record(model, torch.randn(8, 4))
     replay.clear()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no micro-batch to replay"):
+        with pytest.raises(RuntimeError, match="no micro-batch of this optimizer step"):
             replay.take_loss()
     replay.record(model, torch.randn(8, 4))
     assert replay.take_loss() == replay()

@@ -22,6 +22,10 @@ class Replay:
     def record(self, closure, loss):
         self.closure, self.loss, self.is_taken = closure, loss, False
 
+    @property
+    def is_ready(self):
+        return not self.is_taken
+
     def take_loss(self):
         if self.is_taken:
             raise RuntimeError("there is no batch of this step")
