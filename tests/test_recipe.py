@@ -126,7 +126,7 @@ def test_a_first_run_resumes_from_nothing(tmp_path, monkeypatch):
         (["--output_dir", "file"], "file"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0."),
         (["--load_best_model_at_end", "true"], "load_best_model_at_end"),
-        (["--optim", "alsals", "--optim_args", "c=3"], "optim_args: c must be a number in (0, 1), got 3.0."),
+        (["--optim", "alsals", "--optim_args", "c=3"], "optim_args: c must be a number in (0, 1), got 3."),
         (["--optim", "alsals", "--learning_rate", "-1"], "learning_rate must be a finite number of at least 0"),
         (["--do_predict"], "do_predict must be left out: this recipe has no test data to predict."),
     ],

@@ -159,7 +159,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch, t
         (["--model_type", "gpt5000"], "got 'gpt5000'."),
         (["--block_size", "1"], "block_size must be at least 2, got 1."),
         (["--max_train_samples", "0"], "max_train_samples must be at least 1, got 0."),
-        (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3.0."),
+        (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3."),
         (["--optim", "alsal"], "invalid choice: 'alsal'"),
         (["--lerning_rate", "1"], "--lerning_rate"),
     ],

@@ -323,7 +323,7 @@ def test_the_shipped_configs_are_valid(name):
         (["--use_peft", "--lora_r", "0"], "lora_r must be at least 1, got 0."),
         (["--use_peft", "--lora_target_modules", "nothing"], "lora_target_modules: "),
         (["--do_train", "--do_predict"], "there are no test data: name a test_file"),
-        (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3.0."),
+        (["--optim", "alsals", "--optim_args", "c=3"], "c must be a number in (0, 1), got 3."),
     ],
 )
 def test_a_bad_flag_is_named_in_the_last_line(flags, message, capsys, tmp_path, monkeypatch):

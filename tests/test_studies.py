@@ -175,8 +175,8 @@ def test_the_search_along_the_steps_of_adam_is_alsals():
                 searched.step(lambda rows=rows: cross_entropy(twin(x[rows]), y[rows]), loss.item(), schedule)
         searches += optimizer.searched
         # Not to the bit: the copy of the first weights is in bfloat16 there.
-        assert searched.line_search.step_size == pytest.approx(optimizer.step_size, rel=0.02)
-        assert searched.line_search.probes == optimizer.probes
+        assert searched.search.step_size == pytest.approx(optimizer.step_size, rel=0.02)
+        assert searched.search.probes == optimizer.probes
     assert searches >= 3
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0.05, atol=0.01)
