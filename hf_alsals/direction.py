@@ -41,8 +41,9 @@ class Chunk:
 class Direction:
     """The direction `d` of an optimizer step: weights move along `-d`, whose slope is `<g, d>`.
 
-    Creating one changes nothing. `update` takes the gradients into the state, and all else comes after it. A subclass
-    names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the direction
+    Creating one changes nothing. `update` updates the state from the gradients, and all else comes after it. A
+    subclass names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the
+    direction
     is (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or
     float16 moments stall or underflow. The direction must follow from them alone, for a search writes over the
     gradients. Of a DTensor the local shard is moved.
@@ -76,7 +77,7 @@ class Direction:
             raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
 
     def accumulate(self, chunk: Chunk) -> None:
-        """Take the gradients of a chunk into its buffers."""
+        """Update the buffers of a chunk from its gradients."""
         raise NotImplementedError
 
     def tensors(self, chunk: Chunk, momentum: bool = True) -> list[Tensor]:
@@ -103,7 +104,7 @@ class Direction:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the gradients into the state."""
+        """Update the state from the gradients."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             chunks = self._cut(group, params)
@@ -123,11 +124,11 @@ class Direction:
 
     @torch.no_grad()
     def save(self, keep_grads: bool = False) -> None:
-        """Note where the parameters are.
+        """Save where the parameters are.
 
         Args:
-            keep_grads (`bool`, defaults to `False`): Whether to leave the gradients alone. Otherwise the note is
-                written into their memory, and `.grad` is `None` from then on, even where a probe raises.
+            keep_grads (`bool`, defaults to `False`): Whether to leave the gradients alone. Otherwise the copy
+                reuses their memory, and `.grad` is `None` from then on, even where a probe raises.
         """
         for chunk in self._all_chunks():
             chunk.starts = [

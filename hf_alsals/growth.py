@@ -159,8 +159,8 @@ class PathGrowthState:
 class PathGrowth:
     """Growth by the slope along the path of training, `p_k = <g_k, w_0 - w_k>` (this package's own).
 
-    `p_k` is the decrease of a new batch's loss per unit of displacement from initialization. It is positive while the
-    steps have been too short and negative once they have gone too far. At each step
+    `p_k` is the rate at which a new batch's loss falls along the displacement from initialization. It is positive
+    while the steps have been too short and negative once they have gone too far. At each step
 
         eta <- eta * growth_factor ** (damping * (r + overshoot)),    r = mean(p) / mean(|p|) in [-1, 1].
 

@@ -139,7 +139,7 @@ class LineProfileCallback(TrainerCallback):
     ) -> None:
         """Note the step that was taken."""
         if self._line is not None and (alsals := unwrap_alsals(optimizer)) is not None:
-            self._profile["accepted_step_size"] = alsals.step_size * self._profile["lr_multiplier"]
+            self._profile["accepted_step_size"] = alsals.search.taken * self._profile["lr_multiplier"]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

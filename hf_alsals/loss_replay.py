@@ -227,7 +227,7 @@ class LossReplay:
         self._reshard()
         try:
             for wrapper in wrappers:
-                wrapper.require_forward_param_sync = False  # buffers are no business of a probe
+                wrapper.require_forward_param_sync = False  # a probe must not synchronize buffers
             losses = []
             for batch in self._probed():
                 batch.random_state.restore()

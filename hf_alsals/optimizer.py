@@ -1,4 +1,4 @@
-"""Adam whose step size a line search picks (ALSALS, arXiv 2403.18519)."""
+"""Adam without a learning rate: the step size follows the path slope, and a line search bounds it."""
 
 import dataclasses
 import math
@@ -72,7 +72,10 @@ class Start(NamedTuple):
 
 
 class ALSALS(torch.optim.Optimizer):
-    """Adam whose step size is found by a line search on the smoothed Armijo condition (ALSALS, arXiv 2403.18519).
+    """Adam whose step size is found in training.
+
+    By default it follows the slope along the path of training (this package's own), and a line search on the smoothed
+    Armijo condition bounds it (ALSALS, arXiv 2403.18519); the paper's own method is `PRESETS["alsals_paper"]`.
 
     `step` needs a closure that returns the loss of the batch that the gradients came from. See `PRESETS` for the
     settings of the related methods: `ALSALS(params, **PRESETS["salsa"])`.
@@ -86,8 +89,8 @@ class ALSALS(torch.optim.Optimizer):
             applied after the search and is not part of the searched line.
         growth (`str` or `LineSearch`, defaults to `"path"`): How the step size grows. With `"path"` it follows the
             slope along the path of training, and the search bounds it (see [`PathGrowth`]), which takes a copy of the
-            first weights in bfloat16; with `"constant"` it grows by `growth_factor` after each search, as published
-            (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
+            first weights in bfloat16; with `"constant"`, the published rule, it grows by `growth_factor` after each
+            search (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
         slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
             `"finite_difference"`; see [`Line`].
         direction (`type[Direction]`, defaults to `AdamDirection`): The direction.
@@ -95,7 +98,7 @@ class ALSALS(torch.optim.Optimizer):
             `search_interval`. Their meanings and defaults are those of `LINE_SEARCHES[growth]` and its parts.
 
     Attributes:
-        line_search (`LineSearch`), search (`SearchState`): The line search, and what it has come to.
+        line_search (`LineSearch`), search (`SearchState`): The line search and its state.
         pending (`Pending`): What the next step has been given beforehand.
         step_size (`float`): The step size of the last step, before `lr` multiplied it; the initial one before the
             first.
@@ -192,7 +195,7 @@ class ALSALS(torch.optim.Optimizer):
 
     @property
     def step_size(self) -> float:
-        """The step size of the last step before `lr`; before the first search the one that it starts from."""
+        """The step size found so far, before `lr`; before the first search the initial one."""
         return self.search.step_size
 
     @property

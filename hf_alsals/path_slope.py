@@ -1,4 +1,4 @@
-"""The path slope: how much a batch would gain by going on along the way from the first weights to the present ones."""
+"""The path slope: the rate at which a batch's loss falls along the displacement from initialization."""
 
 from collections.abc import MutableMapping, Sequence
 from typing import Any

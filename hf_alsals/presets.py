@@ -20,7 +20,7 @@ LINE_SEARCHES: dict[str, LineSearch] = {
             acceptance=ParabolaCondition(),
             interval=EverySteps(10),
             initial_search=InitialSearch(),
-            least_shrinkage=0.5,  # its batch may be a bad one
+            least_shrinkage=0.5,  # the batch may be an outlier
             retry_rejected=False,  # a bad batch is often followed by others, along the same momentum
         ),
         LineSearch(growth=ConstantGrowth(), acceptance=ArmijoCondition(), interval=EverySteps()),

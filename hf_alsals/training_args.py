@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from .loss_replay import check_probe_micro_batches
 from .mixin_base import ArgumentsMixinBase
 from .optimizer import ALSALS, check_hyperparameters
-from .presets import PRESETS, line_search_of
+from .presets import LINE_SEARCHES, PRESETS, line_search_of
 from .schedule import DEFAULT_SCHEDULES
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,6 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
     def _read_optim_args(self) -> dict[str, Any]:
         if not isinstance(self.optim_args, (str, type(None))):
             raise TypeError(f'optim_args must be text like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
-        # All line searches have the same options but for what another growth rule may add.
-        names = ["growth", "slope", "probe_micro_batches", *line_search_of(PRESETS[self.optim]["growth"]).options]
         options: dict[str, Any] = {}
         for item in (self.optim_args or "").replace(" ", "").split(","):
             if not item:
@@ -154,9 +152,13 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
             key, separator, text = item.partition("=")
             if not separator:
                 raise ValueError(f'optim_args must look like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
+            options[key] = _number_or_text(text)
+        # An unknown growth is named later, with its value.
+        search = LINE_SEARCHES.get(options.get("growth", "")) or line_search_of(PRESETS[self.optim]["growth"])
+        names = ["growth", "slope", "probe_micro_batches", *search.options]
+        for key in options:
             if key not in names:
                 raise ValueError(f"optim_args has the unknown key {key!r}: {self.optim} takes {', '.join(names)}.")
-            options[key] = _number_or_text(text)
         return options
 
 
