@@ -54,17 +54,17 @@ class AlsalsArgumentParser(HfArgumentParser):
             args = self._flags_of(args[0]) + args[1:]
         try:
             parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(args=args)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             self.error(" ".join(str(error).split()))
         return parsed
 
     def _flags_of(self, path: str) -> list[str]:
         try:
-            with open(path) as file:
+            with open(path, encoding="utf-8") as file:
                 text = file.read()
             config = yaml.safe_load(text)  # json is yaml
             written = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as text: `no` is no boolean here
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
             self.error(f"the config {path!r} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
             self.error(f"the config {path!r} must hold names and values, got {config!r}")
@@ -72,7 +72,11 @@ class AlsalsArgumentParser(HfArgumentParser):
         for name, value in config.items():
             if value is None or value == []:
                 continue
+            if not isinstance(name, str):
+                self.error(f"the config {path!r} must hold names and values, got the name {name!r}")
             values, texts = (value, written[name]) if isinstance(value, list) else ([value], [written[name]])
+            if any(isinstance(item, (list, tuple, set)) for item in values):
+                self.error(f"the config {path!r} must hold values, or lists of them, got {value!r} for {name}")
             flags += [f"--{name}"]
             flags += [json.dumps(item) if isinstance(item, dict) else text for item, text in zip(values, texts)]
         return flags

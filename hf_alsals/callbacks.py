@@ -1,22 +1,71 @@
 """The picture of a run: loss, step size, Armijo ratio and probes."""
 
+import contextlib
 import copy
 import datetime
 import json
+import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .optimizer import unwrap_alsals
+from .optimizer import ALSALS, unwrap_alsals
 from .presets import PRESETS
 from .publishing import without_local_paths
 from .training_args import defaults_of
+
+logger = logging.getLogger(__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line, without the number that the system has for it.
+
+    Args:
+        error (`BaseException`): The error.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        return f"{error.strerror}{name}"
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def costs_no_run(path: str) -> Iterator[None]:
+    """Log one line where the block cannot draw or write a file that training can do without.
+
+    Args:
+        path (`str`): The file.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever the disk, matplotlib or odd logs do
+        logger.warning(f"{path} is not written, training goes on without it: {one_line(error)}")
+
+
+def optimizer_name(args: TrainingArguments, model: Any, optimizer: Any) -> str:
+    """Return the optimizer of a training: its `optim`, or the class of one that was made otherwise.
+
+    Args:
+        args (`TrainingArguments`): The training arguments.
+        model (`nn.Module`): The model.
+        optimizer (`torch.optim.Optimizer`): The optimizer, Accelerate's wrapper around it included.
+    """
+    optim = getattr(args.optim, "value", args.optim)
+    made = unwrap_alsals(optimizer) or getattr(optimizer, "optimizer", optimizer)
+    try:
+        cls = ALSALS if optim in PRESETS else Trainer.get_optimizer_cls_and_kwargs(args, model)[0]
+    except (ImportError, ValueError):  # of an optimizer that comes with its own Trainer
+        return optim
+    is_other = isinstance(made, torch.optim.Optimizer) and isinstance(cls, type) and not isinstance(made, cls)
+    return type(made).__name__ if is_other else optim
 
 
 class StepSizeCallback(TrainerCallback, ExportableState):
@@ -50,27 +99,29 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Note the settings that are not the default."""
-        optim = getattr(args.optim, "value", args.optim)
+        optim = optimizer_name(args, model, optimizer)
         if (alsals := unwrap_alsals(optimizer)) is not None:
             search = alsals.line_search
             self.c, self.growth_metrics = search.acceptance.c, list(search.growth.metrics(alsals.search.growth))
-            optim = optim if optim in PRESETS else "ALSALS"  # given to the Trainer as an object
         defaults = {one.name: None if one.default is MISSING else one.default for one in fields(args)}
-        defaults |= defaults_of(optim)
+        # A subclass may have arguments that json does not know, such as a Path or an array.
+        settings, defaults = (
+            json.loads(json.dumps(one, default=str)) for one in (args.to_dict(), defaults | defaults_of(optim))
+        )
         shown = {
             name: value
-            for name, value in args.to_dict().items()
+            for name, value in settings.items()
             # None and False, as well as None and [], are one and the same here.
             if value != defaults[name] and (value or defaults[name]) and not isinstance(value, dict)
         }
         shown = {name: value for name, value in shown.items() if not name.endswith("_token")} | {"optim": optim}
-        # A subclass may have arguments that json does not know, such as a Path.
-        self.settings = without_local_paths(json.loads(json.dumps(shown, default=str)))
-        self.first_step, self._last_update = state.global_step, -math.inf
+        self.settings = without_local_paths(shown)
+        self.first_step, self.search_seconds, self._last_update = state.global_step, 0.0, -math.inf
         state.stateful_callbacks["StepSizeCallback"] = self.state()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -83,7 +134,9 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             name = os.path.basename(os.path.abspath(args.output_dir))
             title = f"{name}: {self.settings.get('optim', 'optimizer not recorded')}"
-            draw_step_size(state.log_history, title, os.path.join(args.output_dir, "step_size.png"))
+            path = os.path.join(args.output_dir, "step_size.png")
+            with costs_no_run(path):
+                draw_step_size(state.log_history, title, path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,14 +150,24 @@ class StepSizeCallback(TrainerCallback, ExportableState):
         if not state.is_world_process_zero:
             return
         if (alsals := unwrap_alsals(optimizer)) is not None:
-            self.search_seconds = alsals.search_seconds
+            self.search_seconds = max(self.search_seconds, alsals.search_seconds)
         self.updated = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         state.stateful_callbacks["StepSizeCallback"] = self.state()
         shown = copy.copy(state)
         shown.best_model_checkpoint = without_local_paths(state.best_model_checkpoint)
         path = os.path.join(args.output_dir, TRAINER_STATE_NAME)
-        shown.save_to_json(path + ".part")
-        os.replace(path + ".part", path)  # whoever reads it meanwhile reads a whole one
+        with costs_no_run(path):
+            shown.save_to_json(path + ".part")
+            os.replace(path + ".part", path)  # whoever reads it meanwhile reads a whole one
+
+
+def as_text(text: str) -> str:
+    """Return text that matplotlib draws as it is, though it would take what is between two dollar signs for a formula.
+
+    Args:
+        text (`str`): The text.
+    """
+    return text.replace("$", r"\$")
 
 
 def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> None:
@@ -150,5 +213,5 @@ def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> 
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.axes[-1].set_xlabel("optimizer step")
-    figure.suptitle(title)
+    figure.suptitle(as_text(title))
     figure.savefig(path, dpi=120)

@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .shards import cut, grad_of, piece_size, sum_over_shards
+from .shards import cut, grad_of, is_dense, local_shard, overlapping, piece_size, sum_over_shards
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's state tensors, at least float32."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 @dataclass
@@ -129,14 +134,24 @@ class Direction:
         Args:
             keep_grads (`bool`, defaults to `False`): Whether to leave the gradients alone. Otherwise the copy
                 reuses their memory, and `.grad` is `None` from then on, even where a probe raises.
+
+        Raises:
+            ValueError: If two parameters share memory.
         """
-        for chunk in self._all_chunks():
+        chunks = self._all_chunks()
+        if any(shared and is_dense(p) for p, shared in zip(self._locals(), overlapping(self._locals()))):
+            raise ValueError(
+                "Parameters must not share memory, as overlapping views of one tensor do: make them one parameter."
+            )
+        # Gradients of a sum may be one and the same tensor, or an expanded one.
+        shares = iter(overlapping([grad for chunk in chunks for grad in chunk.grads]))
+        for p in () if keep_grads else self.params:
+            p.grad = None  # before the copy: an interrupt must not leave weights there
+        for chunk in chunks:
             chunk.starts = [
-                p.clone() if keep_grads or grad.dtype != p.dtype else grad.copy_(p)
+                p.clone() if next(shares) or keep_grads or grad.dtype != p.dtype else grad.copy_(p)
                 for grad, p in zip(chunk.grads, chunk.params)
             ]
-        for p in () if keep_grads else self.params:
-            p.grad = None
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -163,8 +178,11 @@ class Direction:
             step_size (`float`): The step size, before the learning rates of the groups.
         """
         for chunk in self._all_chunks():
-            scaled = chunk.group["lr"] * step_size
+            scaled = float(chunk.group["lr"]) * step_size
             self._move(chunk, scaled, decay=scaled * chunk.group["weight_decay"])
+
+    def _locals(self) -> list[Tensor]:
+        return [local_shard(p) for p in self.params]
 
     def _all_chunks(self) -> list[Chunk]:
         return [chunk for chunks in self._chunks for chunk in chunks]
@@ -175,8 +193,8 @@ class Direction:
         for p in params:
             state = self.state[p]
             if "step" not in state:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.tensor(0.0)
+                dtype = state_dtype(p)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)  # whatever the default dtype is
                 for name in self.buffer_names:
                     state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["step"] += 1

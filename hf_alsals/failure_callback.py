@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .checkpoint import saved_attributes
 from .failures import FailureMonitor
 from .inexact_module import first_inexact_module
 from .optimizer import unwrap_alsals
@@ -19,7 +20,8 @@ class FailureCallback(TrainerCallback, ExportableState):
     """Warns, once each, when a search goes wrong, with the likely cause and the option to change.
 
     Beside what [`FailureMonitor`] names it warns when a probe at step size 0 is not the loss of training, and names
-    the module that is the likely cause. That costs a forward pass at the first step and every `steps_between_checks`.
+    the module that is the likely cause. That costs a forward pass at steps 0, 1, 2, 4, 8 and so on, up to
+    `steps_between_checks`, and every `steps_between_checks`.
 
     Attributes:
         warnings (`list[dict]`): The warnings so far, as `step` and `message`.
@@ -41,8 +43,8 @@ class FailureCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take up the warnings of a run that is resumed."""
-        saved = state.stateful_callbacks.get("FailureCallback", {}) if state.global_step > 0 else {}
-        self.warnings = list(saved.get("attributes", {}).get("warnings", []))
+        saved = saved_attributes(state, "FailureCallback") if state.global_step > 0 else {}
+        self.warnings = list(saved.get("warnings", []))
         self.monitor, self._is_exact, self._first_step = None, True, state.global_step
         state.stateful_callbacks["FailureCallback"] = self.state()
 
@@ -57,7 +59,10 @@ class FailureCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check, now and then, that a probe repeats training."""
         alsals = unwrap_alsals(optimizer)
-        if alsals is None or not self._is_exact or (state.global_step - self._first_step) % self.steps_between_checks:
+        step = state.global_step - self._first_step
+        is_early = step < self.steps_between_checks and step.bit_count() == 1  # a power of 2
+        is_due = is_early or step % self.steps_between_checks == 0
+        if alsals is None or not self._is_exact or not is_due:
             return
         closure, loss = alsals.pending.closure, alsals.pending_loss
         if closure is None or loss is None:

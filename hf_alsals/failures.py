@@ -4,7 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from .optimizer import ALSALS
+from .optimizer import ALSALS, HIDDEN_GRADIENT
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class SearchHistory:
             )
         self.last_step_size = search.step_size
 
+    @property
+    def is_searched(self) -> bool:
+        """Whether searches bound the step size."""
+        return self.alsals.line_search.is_searched(self.alsals.search)
+
     def count(self, name: str) -> int:
         """Return how many of the last searches showed something, by the name of a field of `SearchRecord`."""
         return sum(getattr(one, name) for one in self.searches)
@@ -115,7 +120,7 @@ class SmallestStepSize(Failure):
         cause = (
             "the losses in low precision are too coarse to show a decrease"
             if history.is_low_precision
-            else "the slope is larger than what the loss does, or c is too large"
+            else "the loss falls by less than its slope says, or c is too large"
         )
         return (
             f"no step size met the condition in {history.window // 2} searches in a row, down to "
@@ -125,7 +130,8 @@ class SmallestStepSize(Failure):
     def remedy(self, history: SearchHistory) -> str:
         if history.is_low_precision:
             return "compute the loss in float32"
-        return "try slope=exact or a smaller c in optim_args"
+        exact = "" if history.alsals.slope_method == "exact" else "slope=exact or "
+        return f"try {exact}a smaller c in optim_args"
 
 
 class LargestStepSize(Failure):
@@ -140,11 +146,12 @@ class LargestStepSize(Failure):
     def sentence(self, history: SearchHistory) -> str:
         return (
             f"the step size has been {history.largest_step_size:g} or more for {self.steps} steps: the loss hardly "
-            "depends on the weights, or c is too small to bound the step"
+            f"depends on the weights, or {'c is too small to bound' if history.is_searched else 'no search bounds'} "
+            "the step"
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return "try a larger c in optim_args"
+        return f"try a {'larger c' if history.is_searched else 'smaller growth_factor'} in optim_args"
 
 
 class JumpingStepSize(Failure):
@@ -162,9 +169,8 @@ class JumpingStepSize(Failure):
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return (
-            "try a larger per_device_train_batch_size or gradient_accumulation_steps, or a larger beta3 in optim_args"
-        )
+        smoother = "" if history.alsals.line_search.options["beta3"] >= 0.9 else ", or a larger beta3 in optim_args"
+        return f"try a larger per_device_train_batch_size or gradient_accumulation_steps{smoother}"
 
 
 class RunAwayStepSize(Failure):
@@ -184,7 +190,8 @@ class RunAwayStepSize(Failure):
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return "try lr_scheduler_type=linear, or growth=path or a smaller growth_factor in optim_args"
+        path = "" if history.alsals.line_search.growth.name == "path" else "growth=path or "
+        return f"try lr_scheduler_type=linear, or {path}a smaller growth_factor in optim_args"
 
 
 class UphillDirection(Failure):
@@ -206,7 +213,7 @@ class UphillDirection(Failure):
 
 
 class NonfiniteProbes(Failure):
-    """The model overflows at small steps."""
+    """The loss overflows not far from the weights."""
 
     name = "non-finite probes"
 
@@ -216,11 +223,12 @@ class NonfiniteProbes(Failure):
     def sentence(self, history: SearchHistory) -> str:
         return (
             f"{history.count('nonfinite')} of the last {len(history.searches)} searches met a loss that is not "
-            "finite: the model overflows at small steps"
+            "finite: steps not much longer than those taken make the model overflow"
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return "try bf16 in place of fp16, or a smaller growth_factor in optim_args"
+        range_ = "bf16 in place of fp16, or " if history.is_low_precision else ""
+        return f"try {range_}a smaller growth_factor in optim_args"
 
 
 class UnseenDecrease(Failure):
@@ -238,10 +246,28 @@ class UnseenDecrease(Failure):
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return "keep the weights in float32" + (" and do without bf16 or fp16" if history.is_low_precision else "")
+        if history.is_low_precision:
+            return "keep the weights in float32 and do without bf16 or fp16"
+        return "take what does not depend on the weights out of the loss, or train in float64"
+
+
+class HiddenGradient(Failure):
+    """The loss's value does not show its gradient, so that no probe can measure it."""
+
+    name = "hidden gradient"
+
+    def shows(self, history: SearchHistory) -> bool:
+        return history.alsals.search.is_blind
+
+    def sentence(self, history: SearchHistory) -> str:
+        return HIDDEN_GRADIENT
+
+    def remedy(self, history: SearchHistory) -> str:
+        return "search_interval=never in optim_args does so from the start"
 
 
 FAILURES: tuple[Failure, ...] = (
+    HiddenGradient(),
     SmallestStepSize(),
     LargestStepSize(),
     JumpingStepSize(),

@@ -31,8 +31,8 @@ class Growth(Protocol):
     def init(self, initial_step_size: float) -> Any:
         """Return the state before training."""
 
-    def follow(self, state: Any, step_size: float, path_slope: float) -> tuple[Any, float]:
-        """Return the state and the step size of a new optimizer step, before any search."""
+    def follow(self, state: Any, step_size: float, path_slope: float, is_searched: bool = True) -> tuple[Any, float]:
+        """Return the state and the step size of a new optimizer step, before any search; some runs have none."""
 
     def start(self, state: Any, step_size: float) -> float:
         """Return the step size that a search probes first."""
@@ -48,6 +48,7 @@ class Growth(Protocol):
 
 def _check_growth_factor(growth_factor: Any) -> None:
     check_number("growth_factor", growth_factor, lambda x: 1 <= x < math.inf, "a finite number of at least 1")
+    check_number("growth_factor", growth_factor, lambda x: x <= 1000, "at most 1000")  # its powers are to be finite
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ConstantGrowth:
         return ConstantGrowthState(initial_step_size)
 
     def follow(
-        self, state: ConstantGrowthState, step_size: float, path_slope: float
+        self, state: ConstantGrowthState, step_size: float, path_slope: float, is_searched: bool = True
     ) -> tuple[ConstantGrowthState, float]:
         """Return both as they are: the step size moves in searches only."""
         return state, step_size
@@ -137,12 +138,14 @@ class PathGrowthState:
         mean_slope, mean_size (`float`): Moving averages of the path slopes and of their absolute values.
         log_size, largest_log_size (`float`): Moving average of the logarithms of the absolute values, and its largest
             so far; minus infinity before there is any.
+        has_overshot (`bool`): Whether a path slope has been negative.
     """
 
     mean_slope: float = 0.0
     mean_size: float = 0.0
     log_size: float = -math.inf
     largest_log_size: float = -math.inf
+    has_overshot: bool = False
 
     @property
     def path_slope(self) -> float:
@@ -166,7 +169,8 @@ class PathGrowth:
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all of `p` is small.
-    `path_size` is a geometric mean, which one bad batch cannot lift.
+    `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
+    and the exponent is `ramp` times as large until a path slope is negative or the step size is at `ramp_end`.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.
@@ -194,6 +198,8 @@ class PathGrowth:
     overshoot: ClassVar[float] = 0.3  # at 0 the steps are too short where gradients are mostly noise
     decay: ClassVar[float] = 0.9
     least_path_size: ClassVar[float] = 0.1
+    ramp: ClassVar[float] = 6.0
+    ramp_end: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
 
     growth_factor: float = 1.03
 
@@ -204,13 +210,16 @@ class PathGrowth:
         """Return the state before training."""
         return PathGrowthState()
 
-    def follow(self, state: PathGrowthState, step_size: float, path_slope: float) -> tuple[PathGrowthState, float]:
+    def follow(
+        self, state: PathGrowthState, step_size: float, path_slope: float, is_searched: bool = True
+    ) -> tuple[PathGrowthState, float]:
         """Return the state and the step size after a new batch's path slope.
 
         Args:
             state (`PathGrowthState`): The state before.
             step_size (`float`): The step size before.
             path_slope (`float`): `<g_k, w_0 - w_k>`, 0.0 at initialization. One that is not finite is left out.
+            is_searched (`bool`, defaults to `True`): Whether searches bound the step size.
         """
         if not math.isfinite(path_slope):
             return state, step_size
@@ -219,6 +228,7 @@ class PathGrowth:
             state,
             mean_slope=self.decay * state.mean_slope + new * path_slope,
             mean_size=self.decay * state.mean_size + new * abs(path_slope),
+            has_overshot=state.has_overshot or path_slope < 0,
         )
         if path_slope != 0:
             log = math.log(abs(path_slope))
@@ -229,6 +239,8 @@ class PathGrowth:
         exponent = state.path_slope + self.overshoot
         if exponent > 0:
             exponent *= min(1.0, state.path_size / self.least_path_size)
+        if not is_searched and not state.has_overshot and step_size < self.ramp_end:
+            exponent *= self.ramp
         return state, step_size * self.growth_factor**exponent
 
     def start(self, state: PathGrowthState, step_size: float) -> float:

@@ -13,10 +13,13 @@ class InitialSearchResult:
     Args:
         step_size (`float`): The largest step size found to be sufficient, 0.0 if none is.
         reductions (`dict[float, float]`): The actual reduction at each step size that was probed, in that order.
+        hides_gradient (`bool`): Whether no step size was sufficient though many were predicted to show in the loss:
+            its value is not what the gradients are of.
     """
 
     step_size: float
     reductions: dict[float, float]
+    hides_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,16 @@ class InitialSearch:
     It doubles from the initial step size while the condition holds, or halves until it does, then closes in to a tenth
     of a factor of two. Training starts at `share` of what it finds, for what a first batch allows is mostly noise.
     Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
+    Where none is though the slope is large enough to show, the loss hides its gradient, and training starts at
+    `unprobed_share` of the initial step size.
     """
 
     share: ClassVar[float] = 0.1
     least_first_probe: ClassVar[float] = 0.1  # the reduction of a smaller step may be rounding
     max_probes: ClassVar[int] = 30
+    unprobed_share: ClassVar[float] = 1e-3
+    least_visible: ClassVar[float] = 1e-5  # of the loss, or of 1 where it is smaller: a hundred times its rounding
+    most_hidden: ClassVar[int] = 5
     largest_step_size: ClassVar[float] = 10.0  # Adam's direction is about 1 in every weight
 
     def search(
@@ -66,6 +74,8 @@ class InitialSearch:
         while found == 0 and len(reductions) < self.max_probes:
             trial *= 0.5
             found = trial if is_sufficient(trial) else 0.0
+        if self._hides_gradient(loss, slope, found, reductions):
+            return InitialSearchResult(0.0, reductions, hides_gradient=True)
         if found == 0:
             shown = min((size for size, reduction in reductions.items() if reduction != 0), default=math.inf)
             found = max((size for size in reductions if size < shown), default=0.0)
@@ -73,3 +83,15 @@ class InitialSearch:
             if found * 2**fraction <= limit and is_sufficient(found * 2**fraction):
                 found *= 2**fraction
         return InitialSearchResult(found, reductions)
+
+    def _hides_gradient(self, loss: float, slope: float, found: float, reductions: dict[float, float]) -> bool:
+        least_size = self.least_visible * max(abs(loss), 1.0) / slope
+        visible = sorted(size for size, value in reductions.items() if size >= least_size and math.isfinite(value))
+        if found >= least_size or len(visible) < self.most_hidden:
+            return False
+        if found == 0:
+            return True
+        # A step below what shows may be sufficient by rounding. What the loss lacks to the prediction halves with the
+        # step where it is curvature, and doubles where it is a jump; where it stays, the slope is not the value's.
+        small, large = (1 - reductions[size] / (size * slope) for size in visible[:2])
+        return 0.75 < small / large < 1.5

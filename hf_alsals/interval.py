@@ -74,9 +74,11 @@ class EverySteps(Interval):
 
     def __post_init__(self) -> None:
         if isinstance(self.search_interval, bool) or not isinstance(self.search_interval, (int, str)):
-            raise TypeError(f'search_interval must be an int or "adaptive", got {self.search_interval!r}.')
+            raise TypeError(f'search_interval must be an int, "adaptive" or "never", got {self.search_interval!r}.')
         if isinstance(self.search_interval, str) or self.search_interval < 1:
-            raise ValueError(f'search_interval must be at least 1 or "adaptive", got {self.search_interval!r}.')
+            raise ValueError(
+                f'search_interval must be at least 1, "adaptive" or "never", got {self.search_interval!r}.'
+            )
 
     def length(self, state: IntervalState) -> int:
         """Return `search_interval`."""
@@ -104,14 +106,28 @@ class AdaptiveInterval(Interval):
         return 10 if ratio <= 1.1 else math.ceil(1 / (ratio - 1))
 
 
+@dataclass(frozen=True)
+class Never(Interval):
+    """No search at all: the growth rule alone moves the step size, and the closure is called for no probe."""
+
+    search_interval: Literal["never"] = "never"
+
+    def is_due(self, state: IntervalState) -> bool:
+        """Return `False`."""
+        return False
+
+
 def interval_of(search_interval: Any) -> Interval:
     """Return the interval that the option `search_interval` asks for.
 
     Args:
-        search_interval (`int` or `"adaptive"`): The option.
+        search_interval (`int`, `"adaptive"` or `"never"`): The option.
 
     Raises:
         TypeError: If it is neither an int nor text.
         ValueError: If it is less than 1, or other text.
     """
-    return AdaptiveInterval() if search_interval == "adaptive" else EverySteps(search_interval)
+    for interval in (AdaptiveInterval(), Never()):
+        if search_interval == interval.search_interval:
+            return interval
+    return EverySteps(search_interval)

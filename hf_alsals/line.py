@@ -118,11 +118,15 @@ def check_loss(loss: Any) -> None:
         loss (`Any`): What a closure returned.
 
     Raises:
-        TypeError: If it is neither a tensor nor a number.
+        TypeError: If it is neither a tensor nor a number, or complex.
         ValueError: If it is a tensor of more than one element.
     """
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
+        if loss.is_complex():
+            raise TypeError(f"The loss must be real, got a tensor of {loss.dtype}.")
+    elif loss is None:
+        raise TypeError("The loss must be a tensor or a number, got NoneType: the closure has to return it.")
     elif isinstance(loss, bool) or not isinstance(loss, Real):
         raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .callbacks import costs_no_run
 from .line import Line
 from .optimizer import ALSALS, unwrap_alsals
 from .shards import local_shard
@@ -139,6 +140,7 @@ class LineProfileCallback(TrainerCallback):
     ) -> None:
         """Note the step that was taken."""
         if self._line is not None and (alsals := unwrap_alsals(optimizer)) is not None:
+            self._profile["searched"] = alsals.search.searched
             self._profile["accepted_step_size"] = alsals.search.taken * self._profile["lr_multiplier"]
 
     def on_train_end(
@@ -151,13 +153,13 @@ class LineProfileCallback(TrainerCallback):
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         self._line = None
         if state.is_world_process_zero:
-            folder = os.path.join(args.output_dir, "line_profile")
-            os.makedirs(folder, exist_ok=True)
-            path = os.path.join(folder, f"step-{self._profile['step']:06}")
-            with open(path + ".json", "w") as file:
-                json.dump(self._profile, file)
-            draw_line_profile(self._profile, path + ".part.png")
-            os.replace(path + ".part.png", path + ".png")  # a report made meanwhile finds a whole one
+            path = os.path.join(args.output_dir, "line_profile", f"step-{self._profile['step']:06}")
+            with costs_no_run(path + ".png"):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path + ".json", "w") as file:
+                    json.dump(self._profile, file)
+                draw_line_profile(self._profile, path + ".part.png")
+                os.replace(path + ".part.png", path + ".png")  # a report made meanwhile finds a whole one
 
 
 def draw_line_profile(profile: dict[str, Any], path: str) -> None:
@@ -191,7 +193,7 @@ def draw_line_profile(profile: dict[str, Any], path: str) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("step size")
     axes.set_ylabel("loss")
-    axes.set_title(f"optimizer step {profile['step']}")
+    axes.set_title(f"optimizer step {profile['step']}, {'searched' if profile['searched'] else 'not searched'}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

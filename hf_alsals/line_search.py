@@ -8,7 +8,7 @@ from .acceptance import Acceptance
 from .checks import check_number
 from .growth import Growth
 from .initial_search import InitialSearch
-from .interval import Interval, IntervalState, interval_of
+from .interval import Interval, IntervalState, Never, interval_of
 
 
 class SearchLine(Protocol):
@@ -45,6 +45,7 @@ class SearchState:
             the predicted one is step size times slope.
         smallest_probe (`float`): The smallest step size that the last search probed.
         total_probes (`int`): Probes of all optimizer steps.
+        is_blind (`bool`): Whether nothing is probed any more, because the loss's value does not show its gradient.
         is_annealing (`bool`): Whether the schedule alone sets the step, and nothing is followed or searched.
     """
 
@@ -63,6 +64,7 @@ class SearchState:
     predicted_reduction: float = 0.0
     smallest_probe: float = 0.0
     total_probes: int = 0
+    is_blind: bool = False
     is_annealing: bool = False
 
     @property
@@ -89,7 +91,7 @@ class LineSearch:
         decrease_factor (`float`, defaults to 0.9): Shrinkage of the step size after a rejected probe, in (0, 1).
         initial_step_size (`float`, defaults to 0.1): Step size of the first probe, positive.
         least_shrinkage (`float`, *optional*): A search ends once another rejection would bring the step size below
-            this share of its start. Without, it ends after 100 probes: 0.9 ** 100 is 3e-5, as in the authors' code.
+            this share of its start. In any case it ends after 100 probes: 0.9 ** 100 is 3e-5, as in the authors' code.
         retry_rejected (`bool`, defaults to `True`): Whether a search that accepted no step size is followed by another
             one at the next optimizer step. If not, only where a loss was not finite.
 
@@ -125,6 +127,11 @@ class LineSearch:
         check_number(
             "initial_step_size", self.initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number"
         )
+        if isinstance(self.interval, Never) and not self.growth.needs_path_slope:
+            raise ValueError(
+                f'search_interval must be an int or "adaptive" with growth={self.growth.name}, whose step size moves '
+                'in searches only, got "never".'
+            )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -163,14 +170,17 @@ class LineSearch:
         """The probes of a search, at most."""
         if self.least_shrinkage is None:
             return 100
-        return 1 + max(1, math.floor(math.log(self.least_shrinkage) / math.log(self.decrease_factor)))
+        return min(100, 1 + max(1, math.floor(math.log(self.least_shrinkage) / math.log(self.decrease_factor))))
 
     def init(self) -> SearchState:
         """Return the state before training."""
         step_size = float(self.initial_step_size)
+        is_unprobed = isinstance(self.interval, Never)
+        if is_unprobed and self.initial_search is not None:
+            step_size *= self.initial_search.unprobed_share
         return SearchState(
             step_size=step_size,
-            is_initialized=self.initial_search is None,
+            is_initialized=self.initial_search is None or is_unprobed,
             growth=self.growth.init(step_size),
             acceptance=self.acceptance.init(),
             interval=self.interval.init(),
@@ -199,10 +209,13 @@ class LineSearch:
             Exception: What `line.probe` raises.
         """
         is_annealing = lr_fraction < self.growth.least_lr_fraction
-        is_due = self.interval.is_due(state.interval) and not (is_annealing and state.is_initialized)
+        is_over = state.is_blind or (is_annealing and state.is_initialized)
+        is_due = self.interval.is_due(state.interval) and not is_over
         state = replace(state, is_annealing=is_annealing, searched=is_due, probes=0, nonfinite_probes=0)
         if not is_annealing:
-            growth, step_size = self.growth.follow(state.growth, state.step_size, path_slope)
+            growth, step_size = self.growth.follow(
+                state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
+            )
             step_size = step_size if state.is_initialized else state.step_size
             state = replace(state, growth=growth, step_size=step_size)
         if not is_due:
@@ -220,12 +233,15 @@ class LineSearch:
         """
         if state.is_annealing:
             return {}
-        return {
+        followed = self.growth.metrics(state.growth)
+        if not self.is_searched(state):
+            return followed
+        searched = {
             "slope": state.slope,
             "decrease": state.actual_reduction,
             "armijo_ratio": state.reduction_ratio,
-            **self.growth.metrics(state.growth),
         }
+        return searched | followed
 
     def state_dict(self, state: SearchState) -> dict[str, Any]:
         """Return a state as numbers by name, for a checkpoint.
@@ -258,6 +274,14 @@ class LineSearch:
         parts["interval"] = self.interval.resumed(parts["interval"])
         own = {field.name: state_dict[field.name] for field in fields(state) if field.name not in parts}
         return SearchState(**parts, **own)
+
+    def is_searched(self, state: SearchState) -> bool:
+        """Return whether searches bound the step size.
+
+        Args:
+            state (`SearchState`): The state.
+        """
+        return not (state.is_blind or isinstance(self.interval, Never))
 
     def _backtrack(self, state: SearchState, line: SearchLine) -> SearchState:
         loss, slope = line.loss, line.slope
@@ -317,6 +341,9 @@ class LineSearch:
             smallest_probe=smallest_probe,
             total_probes=state.total_probes + probes,
         )
+        if found.hides_gradient and self.growth.needs_path_slope:
+            step_size = initial_search.unprobed_share * self.initial_step_size
+            return replace(state, is_blind=True, is_initialized=True, step_size=step_size, taken=step_size)
         if found.step_size == 0:
             return state
         step_size = initial_search.share * found.step_size

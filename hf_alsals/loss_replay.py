@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .checks import check_number
+from .module_state import ModuleState, Slot, copied_slots, marks
 
 
 class RandomState:
@@ -46,32 +47,6 @@ class RandomState:
             torch.get_device_module(device).set_rng_state(self._states[device], *index)
 
 
-class BufferState:
-    """The values of a model's buffers as they stand now.
-
-    Args:
-        slots (`list[tuple[nn.Module, str]]`): The buffers, as modules and the names that they have there.
-    """
-
-    def __init__(self, slots: list[tuple[nn.Module, str]]) -> None:
-        self._buffers = [
-            (module, name, getattr(module, name), getattr(module, name).clone()) for module, name in slots
-        ]
-
-    def restore(self) -> None:
-        """Set every buffer back to this state, in the tensor that held it."""
-        for module, name, buffer, value in self._buffers:
-            setattr(module, name, buffer.copy_(value))
-
-    def moved(self) -> list[tuple[nn.Module, str]]:
-        """Return the buffers that have another value, or are another tensor, than in this state."""
-        return [
-            (module, name)
-            for module, name, buffer, value in self._buffers
-            if getattr(module, name) is not buffer or not torch.equal(buffer, value)
-        ]
-
-
 @dataclass
 class MicroBatch:
     """One micro-batch of an optimizer step.
@@ -79,14 +54,14 @@ class MicroBatch:
     Args:
         compute_loss (`Callable[[], Any]`): Computes its loss anew, at the weights as they are then.
         random_state (`RandomState`): The random number generators before its training forward pass.
-        buffer_state (`BufferState`): The buffers that move, before its training forward pass.
+        module_state (`ModuleState`): What moves in the model, before its training forward pass.
         loss (`Tensor`): Its training loss, without a graph.
         divisor (`int`): What the training loop divides its loss by, before the backward pass.
     """
 
     compute_loss: Callable[[], Any]
     random_state: RandomState
-    buffer_state: BufferState
+    module_state: ModuleState
     loss: Tensor
     divisor: int
 
@@ -95,9 +70,10 @@ class LossReplay:
     """The closure of [`ALSALS`]: the loss of one optimizer step's micro-batches, at the weights of the moment.
 
     It is set once, `optimizer.set_closure(replay)`; then every micro-batch is recorded. The forward passes of a probe
-    see the random numbers (so the dropout masks) and buffers of training; afterwards the random number generators and
-    the buffers are as they were. The loss is averaged over processes. Which buffers move is seen in the first forward
-    pass, and again whenever a module is set to another mode.
+    see the random numbers (so the dropout masks) and the state of training: buffers, frozen parameters, other tensors
+    and numbers of modules. Afterwards generators and state are as they were. The loss is averaged over processes. What
+    moves is seen in the forward passes of training; at the first step that something moves later than in the first
+    pass in a mode, probes see it one pass further.
 
     Args:
         model (`nn.Module`): The model as the training loop calls it, wrapped or not.
@@ -124,7 +100,7 @@ class LossReplay:
         self.probe_micro_batches = probe_micro_batches
         self.probe_context = probe_context
         self.micro_batches: list[MicroBatch] = []
-        self._moving: list[tuple[nn.Module, str]] = []
+        self._moving: dict[Slot, None] = {}
         self._modes: list[bool] = []
         self._is_complete = False
         self._loss: Tensor | None = None
@@ -146,14 +122,11 @@ class LossReplay:
             self.clear()
         random_state = RandomState(self.model, self.accelerator.device)
         modes = [module.training for module in self.model.modules()]
-        slots = self._moving
-        if modes != self._modes:
-            modules = self.model.modules()
-            slots = [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
-        buffer_states = [BufferState(slots)]
+        slots = list(self._moving) if modes == self._modes else copied_slots(self.model)
+        befores = [(marks(self.model), ModuleState(slots))]
 
         def capture(*_: Any) -> None:
-            buffer_states.append(BufferState(slots))
+            befores.append((marks(self.model), ModuleState(slots)))
 
         # DDP's forward begins by setting the buffers to those of the first process.
         wrapped = [module.module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
@@ -163,14 +136,16 @@ class LossReplay:
         finally:
             for hook in hooks:
                 hook.remove()
-        buffer_state = buffer_states[min(1, len(buffer_states) - 1)]
-        if modes != self._modes:
-            self._moving, self._modes = buffer_state.moved(), modes
+        before, module_state = befores[min(1, len(befores) - 1)]
+        after = marks(self.model)
+        moved = [slot for slot, mark in after.items() if slot not in before or before[slot] != mark]
+        self._moving |= dict.fromkeys([*moved, *(module_state.moved() if modes != self._modes else [])])
+        self._modes = modes
         self.micro_batches.append(
             MicroBatch(
                 compute_loss=functools.partial(function, *args, **kwargs),
                 random_state=random_state,
-                buffer_state=buffer_state,
+                module_state=module_state,
                 loss=_loss_of(output).detach().clone(),
                 divisor=self.accelerator.gradient_accumulation_steps,
             )
@@ -222,7 +197,7 @@ class LossReplay:
 
     def _replay(self) -> Tensor:
         random_state = RandomState(self.model, self.accelerator.device)
-        buffer_state = BufferState(self._moving)
+        module_state = ModuleState(self._moving)
         wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
         self._reshard()
         try:
@@ -231,11 +206,11 @@ class LossReplay:
             losses = []
             for batch in self._probed():
                 batch.random_state.restore()
-                batch.buffer_state.restore()
+                batch.module_state.restore()
                 losses.append(_loss_of(batch.compute_loss()) / batch.divisor)
         finally:
             random_state.restore()
-            buffer_state.restore()
+            module_state.restore()
             for wrapper in wrappers:
                 wrapper.require_forward_param_sync = True
             self._reshard()

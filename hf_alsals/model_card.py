@@ -12,7 +12,10 @@ from .presets import PRESETS
 from .version import __version__
 
 # What transformers 5.0 to 5.24 writes of a model that was not loaded from anywhere, or from a local path.
-_FROM_NOWHERE = "This model is a fine-tuned version of [](https://huggingface.co/)"
+_FROM_NOWHERE = (
+    "This model is a fine-tuned version of [](https://huggingface.co/)",
+    "This model is a fine-tuned version of [None](https://huggingface.co/None)",  # TRL 1.16
+)
 _FROM_SCRATCH = "This model was trained from scratch"
 
 
@@ -24,7 +27,8 @@ def correct_start_in_card(path: str, from_local_model: bool) -> None:
         from_local_model (`bool`): Whether it was fine-tuned from a model on disk, else it was trained from scratch.
     """
     card = ModelCard.load(path)
-    card.text = card.text.replace(_FROM_NOWHERE, _FROM_SCRATCH)
+    for start in _FROM_NOWHERE:
+        card.text = card.text.replace(start, _FROM_SCRATCH)
     if from_local_model:
         card.text = card.text.replace(_FROM_SCRATCH, "This model is a fine-tuned version of a local model")
     card.save(path)
@@ -52,6 +56,8 @@ def add_results_to_card(path: str, log_history: list[dict[str, Any]], dataset: d
         if not name.endswith(("runtime", "per_second", "preparation_time"))
     ]
     if results:
+        # The metadata cannot be read again without a name, which the cards of TRL leave out if none is given.
+        card.data.model_name = card.data.model_name or os.path.basename(os.path.dirname(os.path.abspath(path)))
         card.data.eval_results = results
         card.save(path)
 

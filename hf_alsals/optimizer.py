@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
@@ -13,14 +14,25 @@ from torch.optim.optimizer import ParamsT
 
 from .adam import AdamDirection
 from .checks import check_number
-from .direction import Direction
+from .direction import Direction, state_dtype
 from .line import SLOPES, Line, check_loss
 from .line_search import LineSearch
 from .path_slope import path_slope
 from .presets import line_search_of
-from .shards import nonfinite_flag, to_floats
+from .shards import grad_of, nonfinite_flag, to_floats
 
 Closure = Callable[[], Tensor | float]
+
+
+HIDDEN_GRADIENT = (
+    "the loss's value does not show its gradient, as that of exp(logp - logp.detach()), or the gradients are not its "
+    "own: no probe can measure it, so training goes on without searches, by the path slope alone"
+)
+
+GRADIENTS_BEFORE = (
+    "compute loss and gradients before and pass step() a closure without backward() (in Lightning by manual "
+    "optimization)"
+)
 
 
 class ReplayedLoss(Protocol):
@@ -137,6 +149,7 @@ class ALSALS(torch.optim.Optimizer):
         "search_seconds",
         "skipped_steps",
         "consecutive_skips",
+        "_closure_has_backward",
     )
 
     def __init__(
@@ -156,6 +169,12 @@ class ALSALS(torch.optim.Optimizer):
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
         if not (isinstance(direction, type) and issubclass(direction, Direction) and hasattr(direction, "name")):
             raise TypeError(f"direction must be a subclass of Direction with a name, got {direction!r}.")
+        if isinstance(lr, (int, float)) and 0 < lr < 0.1:
+            warnings.warn(
+                f"ALSALS: lr multiplies the step size that is found, and {lr:g} makes it much smaller: leave it out, "
+                "or keep it near 1.",
+                stacklevel=2,
+            )
         self.slope_method = slope
         self.direction = direction
         self.line_search = line_search_of(growth, **options)
@@ -165,6 +184,7 @@ class ALSALS(torch.optim.Optimizer):
         self.search_seconds = 0.0
         self.skipped_steps = 0
         self.consecutive_skips = 0
+        self._closure_has_backward = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -264,7 +284,9 @@ class ALSALS(torch.optim.Optimizer):
 
         Args:
             closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
-                It is called under `no_grad`, without a backward pass. Optional after `set_closure`.
+                It is called under `no_grad`, without a backward pass. Without `loss` it may also zero the gradients
+                and compute them anew, as in torch.optim; each probe then has a backward pass too. Optional after
+                `set_closure`.
             loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
                 if left out.
 
@@ -272,17 +294,20 @@ class ALSALS(torch.optim.Optimizer):
             `Tensor` or `float`: The loss before the step.
 
         Raises:
-            RuntimeError: If there is no closure, a gradient is sparse, or the loss or a gradient was not finite in ten
-                steps in a row.
-            TypeError: If the closure cannot be called, or the loss is not a number.
-            ValueError: If the loss is not a scalar.
+            RuntimeError: If there is no closure, it adds to gradients that were there or changes those it computed, a
+                gradient is sparse, or the loss or a gradient was not finite in ten steps in a row.
+            TypeError: If the closure cannot be called, or the loss is not a real number.
+            ValueError: If the loss is not a scalar, or a learning rate is not finite.
         """
+        if torch.compiler.is_compiling():  # dynamo takes an error for a graph break, and calls the step as it is
+            raise RuntimeError("ALSALS.step() cannot be compiled: compile the model.")
         closure, loss, clip_coef = self._take_pending(closure, loss)
-        direction = self.direction(self.param_groups, self.state)
         if closure is None:
-            return self._make_state(direction)
-        loss = closure() if loss is None else loss
+            return self._make_state(self.direction(self.param_groups, self.state))
+        if loss is None:
+            loss, closure = self._start_of(closure)
         check_loss(loss)
+        direction = self.direction(self.param_groups, self.state)
         start = self._read_start(direction, loss, clip_coef)
         if not start.is_finite:
             self._skip()
@@ -293,6 +318,8 @@ class ALSALS(torch.optim.Optimizer):
                 self.search = self.line_search.step(self.search, line, start.path_slope, start.lr_fraction)
                 self.search_seconds += time.perf_counter() - begin if self.searched else 0.0
                 line.move(self.search.taken)
+            if self.search.is_blind and self.searched:
+                warnings.warn(f"ALSALS: {HIDDEN_GRADIENT}.", stacklevel=3)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,32 +341,51 @@ class ALSALS(torch.optim.Optimizer):
             ValueError: If it is that of another optimizer, another `growth` or an earlier version, or its parameter
                 groups do not match.
         """
+        hooked: list[dict[str, Any]] = []
+        handles = [
+            # After all hooks of the user's, and before anything is loaded.
+            self.register_load_state_dict_pre_hook(lambda _, given: hooked.append(self._checked(given))),
+            # Before all hooks of the user's: they find everything loaded.
+            self.register_load_state_dict_post_hook(lambda _: self._load_rest(*hooked), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _load_rest(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["param_groups"][0]
+        names = [*self.line_search.state_dict(self.search)]
+        self.search = self.line_search.load_state_dict({name: saved[f"search_{name}"] for name in names})
+        self.skipped_steps, self.consecutive_skips = saved["skipped_steps"], saved["consecutive_skips"]
+        # torch has cast all tensors to the parameter's dtype, moments of bfloat16 and float16 parameters among them.
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name == "step":  # on a GPU each would cost a host-device sync
+                    self.state[p][name] = torch.as_tensor(value, dtype=torch.float32).to("cpu", copy=True)
+                elif isinstance(value, Tensor):
+                    dtype = state_dtype(p) if name in self.direction.buffer_names else value.dtype
+                    if dtype != p.dtype:
+                        self.state[p][name] = value.to(p.device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name in self._copied}
+        return super().__getstate__() | own | {"pending": Pending()}
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved = state_dict["param_groups"][0]
         if "search_step_size" not in saved:
             raise ValueError("state_dict must be that of an ALSALS optimizer, got one without numbers of a search.")
         for name, value in self._names().items():
             if (other := saved.get(f"search_{name}", value)) != value:
                 raise ValueError(f"{name} must be {other!r}, as in the state_dict, got {value!r}.")
-        names = [*self.line_search.state_dict(self.search), *self._names()]
-        if missing := [name for name in names if f"search_{name}" not in saved]:
+        names = [f"search_{name}" for name in (*self.line_search.state_dict(self.search), *self._names())]
+        if missing := [name for name in (*names, "skipped_steps", "consecutive_skips") if name not in saved]:
             raise ValueError(f"state_dict must be of this version of hf_alsals, got one without {', '.join(missing)}.")
-        search = self.line_search.load_state_dict({name: saved[f"search_{name}"] for name in names})
-        super().load_state_dict(state_dict)
-        self.search = search
-        self.skipped_steps, self.consecutive_skips = saved["skipped_steps"], saved["consecutive_skips"]
-        # torch has cast the moments of bfloat16 and float16 parameters, which are float32, to the parameter's dtype.
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name == "step":
-                    self.state[p][name] = value.to("cpu", copy=True)  # on a GPU each would cost a host-device sync
-                elif value.dtype != p.dtype:
-                    self.state[p][name] = value.to(p.device, copy=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self).items() if name in self._copied}
-        return super().__getstate__() | own | {"pending": Pending()}
+        return state_dict
 
     def _names(self) -> dict[str, str]:
         return {"growth": self.line_search.growth.name, "direction": self.direction.name}
@@ -372,6 +418,58 @@ class ALSALS(torch.optim.Optimizer):
             path_slope(direction.params, self.state)
         direction.update()
 
+    def _start_of(self, closure: Closure) -> tuple[Tensor | float, Closure]:
+        """Return the loss at the start, and the closure for probes; it may compute gradients, as in torch.optim."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        # _version counts changes in place; private, but torch.autograd's own messages name it (torch 2.6 to 2.13).
+        before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
+        computed: dict[Tensor, tuple[Tensor, int]] = {}
+
+        def note(p: Tensor) -> None:
+            computed[p] = (grad_of(p), grad_of(p)._version)
+
+        handles = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
+        try:
+            loss = self._call_first(closure)
+        finally:
+            for handle in handles:
+                handle.remove()
+        after = [p.grad for p in params]
+        fresh = [new is not None and (old is None or new is not old[0]) for old, new in zip(before, after)]
+        # With fresh gradients, one that was left alone is of another loss too.
+        if any(
+            old is not None and new is old[0] and (any(fresh) or new._version != old[1])
+            for old, new in zip(before, after)
+        ):
+            raise RuntimeError(
+                "The closure adds to gradients that were there already, so its loss is not theirs: call "
+                f"zero_grad(set_to_none=True) in it, or {GRADIENTS_BEFORE}."
+            )
+        if any(p.grad is not grad or grad._version != version for p, (grad, version) in computed.items()):
+            raise RuntimeError(
+                "The closure's gradients are changed after backward(), as clipping and DistributedDataParallel do, so "
+                f"they are not those of its loss: {GRADIENTS_BEFORE}, and tell set_clip_coef() of clipping."
+            )
+        self._closure_has_backward = any(fresh)
+        if not self._closure_has_backward:
+            return loss, closure
+
+        def probe() -> Tensor | float:
+            with torch.enable_grad():
+                return closure()
+
+        return loss.detach() if isinstance(loss, Tensor) else loss, probe
+
+    def _call_first(self, closure: Closure) -> Tensor | float:
+        with torch.set_grad_enabled(self._closure_has_backward):
+            try:
+                return closure()
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                with torch.enable_grad():
+                    return closure()
+
     def _read_start(self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float) -> Start:
         if not direction.params:
             (self.loss,) = to_floats([loss])
@@ -388,9 +486,11 @@ class ALSALS(torch.optim.Optimizer):
     def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.
         for group in self.param_groups:
-            group["peak_lr"] = max(group.get("peak_lr", 0.0), group["lr"])
+            if not math.isfinite(lr := float(group["lr"])):
+                raise ValueError(f"lr must be a finite number in every step, got {lr}: look at the schedule.")
+            group["peak_lr"] = max(group.get("peak_lr", 0.0), lr)
         return max(
-            (group["lr"] / group["peak_lr"] for group in self.param_groups if group["peak_lr"] > 0), default=1.0
+            (float(group["lr"]) / group["peak_lr"] for group in self.param_groups if group["peak_lr"] > 0), default=1.0
         )
 
     def _skip(self) -> None:
@@ -399,7 +499,8 @@ class ALSALS(torch.optim.Optimizer):
         if self.consecutive_skips >= self.max_consecutive_skips:
             raise RuntimeError(
                 f"The loss or a gradient was not finite in {self.consecutive_skips} steps in a row (the last loss is "
-                f"{self.loss}): the model or its data produce NaN or infinity."
+                f"{self.loss}): the model or its data produce NaN or infinity, which the Trainer's logs hide unless "
+                "logging_nan_inf_filter is false."
             )
 
 
@@ -426,8 +527,12 @@ def check_hyperparameters(group: dict[str, Any], names: dict[str, str] | None = 
     """
     names = names or {}
     for name in ("lr", "eps", "weight_decay"):
-        expected = "a finite number of at least 0"
-        check_number(names.get(name, name), group[name], lambda x: 0 <= x < math.inf, expected)
+        value, expected = group[name], "a finite number of at least 0"
+        if name == "lr" and isinstance(value, Tensor):  # as torch.optim takes it
+            if value.numel() != 1:
+                raise ValueError(f"Tensor lr must be 1-element, got one of shape {list(value.shape)}.")
+            value = value.item()
+        check_number(names.get(name, name), value, lambda x: 0 <= x < math.inf, expected)
     betas, name = group["betas"], names.get("betas", "betas")
     if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, Real) for beta in betas):
         raise TypeError(f"{name} must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")

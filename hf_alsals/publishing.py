@@ -2,21 +2,31 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
 import os
+import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 from transformers.modelcard import TrainingSummary
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy
 
 from .mixin_base import TrainerMixinBase
 from .model_card import add_results_to_card, add_search_to_card, correct_start_in_card
 from .optimizer import ALSALS
 
 logger = logging.getLogger(__name__)
+
+# A path of two parts or more that text goes on to; neither part of an address nor a name on the Hub.
+_PATH_IN_TEXT = re.compile(
+    r"(?:(?<=file://)|(?<![\w.~/<\\-]))(?:~/[^\s\"'`,;:|<>()\[\]{}]+|(?:/[^\s\"'`,;:|<>()\[\]{}/]+){2,}/?)"
+)
 
 
 def is_local_path(value: Any) -> bool:
@@ -32,13 +42,22 @@ def without_local_paths(value: Any) -> Any:
     """Return a value with only the last part of every local path in it.
 
     Args:
-        value: A path or any other value, or dicts and lists of such.
+        value: A path, text with paths in it or any other value, or dicts, lists and tuples of such.
     """
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_local_paths(item) for item in value]
-    return os.path.basename(os.path.abspath(value)) if is_local_path(value) else value
+    if type(value) in (list, tuple):
+        return type(value)(without_local_paths(item) for item in value)
+    if isinstance(value, pathlib.PurePath):
+        return type(value)(value.name)
+    if type(value) is not str:
+        return value
+    if is_local_path(value):
+        return os.path.basename(os.path.abspath(value))
+    home = os.path.expanduser("~").rstrip(os.sep)
+    if home:  # it may have spaces in it
+        value = value.replace(home + os.sep, "~/")
+    return _PATH_IN_TEXT.sub(lambda match: os.path.basename(match.group().rstrip("/")), value)
 
 
 class PublishedArguments:
@@ -108,8 +127,10 @@ class PublishingMixin(TrainerMixinBase):
         """
         with self._published_arguments():
             super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
-            remove_local_base_model(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        # Only then is the card there one that PEFT has just written.
+        if self.args.should_save and os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            remove_local_base_model(folder)
 
     def save_state(self) -> None:
         """Save the Trainer's state, naming the best checkpoint without its path."""
@@ -168,15 +189,19 @@ class PublishingMixin(TrainerMixinBase):
         if not self.is_world_process_zero():
             return
         start = kwargs.get("finetuned_from") or getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        for name in ("finetuned_from", "dataset_tags", "dataset", "dataset_args"):
+        for name in ("finetuned_from", "dataset_tags", "dataset", "dataset_args", "dataset_name"):
             if is_local_path(kwargs.get(name)):
                 kwargs[name] = None
         super().create_model_card(*args, **kwargs)
         remove_local_base_model(self.args.output_dir)
         path = os.path.join(self.args.output_dir, "README.md")
         correct_start_in_card(path, from_local_model=is_local_path(start))
+        known = inspect.signature(TrainingSummary.from_trainer).parameters
+        fields = {name: value for name, value in kwargs.items() if name in known}
+        if "dataset_name" in kwargs:  # as TRL's trainers call it
+            fields["dataset"] = kwargs["dataset_name"]
         # A license is given so that the Hub is not asked for that of the base model.
-        summary = TrainingSummary.from_trainer(self, **{"license": "unknown", **kwargs})
+        summary = TrainingSummary.from_trainer(self, **{"license": "unknown", **fields})
         dataset = {
             "dataset_type": _first(summary.dataset_tags) or "custom",
             "dataset_name": _first(summary.dataset) or "unknown",
@@ -189,7 +214,14 @@ class PublishingMixin(TrainerMixinBase):
             add_search_to_card(path, self.args.optim, self.alsals, steps, seconds[-1] if seconds else None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Private, but it pickles self.args and pushes it at once (transformers 5.0 to 5.24).
+        # Private, but it pickles self.args and pushes it at once, with the checkpoint (transformers 5.0 to 5.24).
+        is_pushed = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        if is_pushed and self.is_world_process_zero():
+            path = os.path.join(checkpoint_folder, TRAINER_STATE_NAME)
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(without_local_paths(state), file, indent=2, sort_keys=True)
         with self._published_arguments():
             super()._push_from_checkpoint(checkpoint_folder)
 

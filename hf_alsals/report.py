@@ -5,6 +5,7 @@ import datetime
 import glob
 import io
 import json
+import logging
 import math
 import os
 import statistics
@@ -20,7 +21,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .callbacks import as_text
+from .checkpoint import saved_attributes
 from .publishing import without_local_paths
+
+logger = logging.getLogger(__name__)
 
 # What an evaluation gives beside its metrics.
 _NO_METRICS = ("runtime", "per_second", "preparation_time", "samples")
@@ -78,7 +83,8 @@ class Run:
     @property
     def seconds_per_step(self) -> float | None:
         """The seconds that a step has taken since the run was begun or resumed, once it has ended."""
-        return self.end["train_runtime"] / max(self.end["step"] - self.first_step, 1) if self.end else None
+        seconds = self.end.get("train_runtime", 0)
+        return seconds / max(self.end["step"] - self.first_step, 1) if seconds > 0 else None
 
     @property
     def losses(self) -> dict[str, Points]:
@@ -88,7 +94,8 @@ class Run:
     @property
     def taken(self) -> Points:
         """The step sizes that were taken: those of the search, or of another optimizer, times the schedule."""
-        return [(entry["step"], entry["learning_rate"] * entry.get("lr_multiplier", 1)) for entry in self.logs]
+        sizes = [entry.get("step_size", entry["learning_rate"]) for entry in self.logs]
+        return [(entry["step"], size * entry.get("lr_multiplier", 1)) for entry, size in zip(self.logs, sizes)]
 
     def points(self, name: str) -> Points:
         """Return the values that the logs of training have under a name."""
@@ -117,8 +124,8 @@ class Run:
             # Each log has the probes per step since the log before.
             steps = [0, *(step for step, _ in probes)]
             total = sum(value * (step - last) for (step, value), last in zip(probes, steps))
-            rows["probes per step"] = f"{total / steps[-1]:.2f}"
-        if self.end and searched and self.search_seconds is not None:
+            rows["probes per step"] = f"{total / max(steps[-1], 1):.2f}"
+        if self.seconds_per_step is not None and searched and self.search_seconds is not None:
             rows["time in the search"] = f"{self.search_seconds / self.end['train_runtime']:.1%}"
         if self.seconds_per_step is not None:
             rows["steps per second"] = f"{1 / self.seconds_per_step:.4g}"
@@ -132,41 +139,49 @@ def load_run(run_dir: str) -> Run:
         run_dir (`str`): The output directory of the run.
 
     Raises:
-        ValueError: If neither it nor a checkpoint in it holds a trainer_state.json that can be read.
+        ValueError: If neither it nor a checkpoint in it holds a trainer_state.json that can be read, or if there is an
+            all_results.json that cannot.
     """
     names = [TRAINER_STATE_NAME, *glob.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}", root_dir=run_dir)]
     states = []
     for path in (os.path.join(run_dir, name) for name in names):
         try:
             state = TrainerState.load_from_json(path)
-            modified = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
+            time = datetime.datetime.fromtimestamp(os.path.getmtime(path)).astimezone()
         except (OSError, TypeError, ValueError):  # not there, or not written to its end
             continue
-        steps = state.stateful_callbacks.get("StepSizeCallback", {}).get("attributes", {})
-        updated = steps.get("updated") or modified.isoformat(timespec="seconds")
-        states.append((datetime.datetime.fromisoformat(updated), state.global_step, updated, state))
+        if not (_is_number(state.global_step) and _is_number(state.max_steps)):
+            continue
+        updated: Any = saved_attributes(state, "StepSizeCallback").get("updated")
+        try:
+            time = datetime.datetime.fromisoformat(updated).astimezone()
+        except (OverflowError, TypeError, ValueError):  # not noted, or not by StepSizeCallback
+            updated = time.isoformat(timespec="seconds")
+        states.append((time, state.global_step, updated, state))
     if not states:
         raise ValueError(
             f"run_dir must be a folder with a {TRAINER_STATE_NAME} in it or in a checkpoint of it, got {run_dir!r}."
         )
     # A checkpoint is newer than the last update of the logs that it holds, and an earlier run's is older.
     *_, updated, state = max(states, key=lambda one: one[:2])
-    steps, failures = (
-        state.stateful_callbacks.get(name, {}).get("attributes", {})
-        for name in ("StepSizeCallback", "FailureCallback")
-    )
-    ends = (entry for entry in reversed(state.log_history) if "train_runtime" in entry)
+    steps, failures = (saved_attributes(state, name) for name in ("StepSizeCallback", "FailureCallback"))
+    logs = _numbers_of(state.log_history)
+    ends = (entry for entry in reversed(logs) if "train_runtime" in entry)
     end: dict[str, Any] = next(ends, {})
-    evaluations = list(state.log_history)
+    evaluations = list(logs)
     results_path = os.path.join(run_dir, "all_results.json")
     if end.get("step") == state.global_step and os.path.exists(results_path):
-        with open(results_path) as file:
-            evaluations.append({"step": state.global_step} | json.load(file))
+        try:
+            with open(results_path) as file:
+                evaluations += _numbers_of([json.load(file) | {"step": state.global_step}])
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"all_results.json in run_dir must hold names and values, that of {run_dir!r} does not: remove it."
+            ) from error
     metrics: dict[str, Points] = {}
     for entry in evaluations:
         for name in entry:
-            is_number = isinstance(entry[name], (int, float))  # a metric may be a matrix too
-            if name.startswith("eval_") and not name.endswith(_NO_METRICS) and is_number:
+            if name.startswith("eval_") and not name.endswith(_NO_METRICS):
                 points = metrics.setdefault(name, [])
                 # The results repeat an evaluation that is in the log.
                 if points[-1:] != [(entry["step"], entry[name])]:
@@ -175,16 +190,39 @@ def load_run(run_dir: str) -> Run:
         name=os.path.basename(os.path.abspath(run_dir)),
         state=state,
         updated=updated,
-        settings=without_local_paths(steps.get("settings", {})),
-        c=steps.get("c"),
-        growth_metrics=steps.get("growth_metrics", []),
-        first_step=steps.get("first_step", 0),
-        search_seconds=steps.get("search_seconds"),
-        warnings=failures.get("warnings", []),
-        logs=[entry for entry in state.log_history if {"loss", "learning_rate"} <= set(entry)],
+        settings=without_local_paths(_typed(steps, "settings", dict, {})),
+        c=_typed(steps, "c", (int, float), None),
+        growth_metrics=[name for name in _typed(steps, "growth_metrics", list, []) if isinstance(name, str)],
+        first_step=_typed(steps, "first_step", int, 0),
+        search_seconds=_typed(steps, "search_seconds", (int, float), None),
+        warnings=[
+            warning
+            for warning in _typed(failures, "warnings", list, [])
+            if isinstance(warning, dict) and {"step", "message"} <= set(warning)
+        ],
+        logs=[entry for entry in logs if {"loss", "learning_rate"} <= set(entry)],
         metrics=metrics,
         end=end,
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers_of(entries: Any) -> list[dict[str, Any]]:
+    """Return the numbers of the log entries that have a step; a metric may be a matrix, and others may write logs."""
+    numbers = [
+        {name: value for name, value in entry.items() if _is_number(value)}
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    ]
+    return [entry for entry in numbers if "step" in entry]
+
+
+def _typed(values: dict[str, Any], name: str, kind: Any, default: Any) -> Any:
+    value = values.get(name)
+    return value if isinstance(value, kind) else default
 
 
 def report(run_dir: str) -> str:
@@ -223,7 +261,11 @@ def report(run_dir: str) -> str:
     ]
     profiles = []
     for name in sorted(glob.glob("line_profile/step-*.png", root_dir=run_dir)):
-        with open(os.path.join(run_dir, name), "rb") as file:
+        path = os.path.join(run_dir, name)
+        if os.path.realpath(path) != os.path.join(os.path.realpath(run_dir), name):
+            logger.warning(f"{path} is a link, or lies behind one, and is left out")
+            continue
+        with open(path, "rb") as file:
             profiles.append(_picture(os.path.basename(name).removesuffix(".png"), file.read()))
     return _render(
         title=f"Run {run.name}",
@@ -318,6 +360,7 @@ def _draw(title: str, lines: list[Line], x_label: str = "optimizer step", log: b
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for points, style in lines:
+        style = style | {"label": as_text(style["label"])} if style.get("label") else style
         axes.plot(*zip(*points), marker="." if len(points) < 50 else "", **style)
     if log and any(value > 0 for points, _ in lines for _, value in points):
         axes.set_yscale("log", nonpositive="mask")

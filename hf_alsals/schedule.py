@@ -6,10 +6,14 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 
 from .mixin_base import TrainerMixinBase
-from .presets import PRESETS
+from .presets import PRESETS, line_search_of
 
 # What the step size of each preset is to be multiplied by, unless lr_scheduler_type says else.
-DEFAULT_SCHEDULES = dict.fromkeys(PRESETS, "constant") | {"alsals": "warmup_stable_decay"}
+# A growth rule that leaves the end of training to the schedule needs one that falls.
+DEFAULT_SCHEDULES = {
+    name: "warmup_stable_decay" if line_search_of(preset["growth"]).growth.least_lr_fraction > 0 else "constant"
+    for name, preset in PRESETS.items()
+}
 
 
 class ScheduleMixin(TrainerMixinBase):

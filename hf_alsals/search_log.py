@@ -15,6 +15,7 @@ class SearchLogMixin(TrainerMixinBase):
 
     alsals: ALSALS | None = None
     _logged_probes = (0, 0)
+    _learning_rate: Any = 1.0  # of this optimizer step
 
     def start_search_log(self) -> None:
         """Count probes from this optimizer step on."""
@@ -28,12 +29,17 @@ class SearchLogMixin(TrainerMixinBase):
             logs (`dict[str, float]`): The values to log.
             args, kwargs: Passed on to the Trainer.
         """
-        if self.alsals is not None and "learning_rate" in logs:
+        if self.alsals is not None and {"loss", "learning_rate"} <= set(logs):  # else it is no log of the Trainer's
             last_step, last_probes = self._logged_probes
             self.start_search_log()
             step, probes = self._logged_probes
-            logs["lr_multiplier"] = logs["learning_rate"]
-            logs["learning_rate"] = logs["step_size"] = self.alsals.step_size
+            logs["step_size"] = self.alsals.step_size
+            # The Trainer's is that of this step, or already the next one's; another one was set by a log() above.
+            of_step, of_next = (float(rate) for rate in (self._learning_rate, self.alsals.param_groups[0]["lr"]))
+            is_own = logs["learning_rate"] in (of_step, of_next)
+            logs["lr_multiplier"] = logs["learning_rate"] if is_own else of_step
+            if is_own:
+                logs["learning_rate"] = logs["step_size"]
             logs |= self.alsals.line_search.metrics(self.alsals.search)
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)

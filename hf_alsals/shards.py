@@ -42,6 +42,38 @@ def cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(shard[begin : begin + limit] for shard in flat)
 
 
+def overlapping(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which tensors share memory with another one or with themselves, so that writing to one changes more.
+
+    Args:
+        tensors (`Sequence[Tensor]`): Local tensors. One with gaps counts as all of the memory that it spans.
+    """
+    spans = [(str(t.device), t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
+    shares = [not is_dense(t) for t in tensors]
+    order = sorted((i for i in range(len(spans)) if tensors[i].numel() > 0), key=lambda i: spans[i])
+    furthest = order[0] if order else 0
+    for i in order[1:]:
+        is_same_device = spans[i][0] == spans[furthest][0]
+        if is_same_device and spans[i][1] < spans[furthest][2]:
+            shares[i] = shares[furthest] = True
+        furthest = max(furthest, i, key=lambda i: spans[i][2]) if is_same_device else i
+    return shares
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements of a tensor lie side by side, none twice, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
 def sum_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """Return the sum of scalars over all shards of all parameters, on the device of the first.
 

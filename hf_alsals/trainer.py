@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +17,80 @@ from .checkpoint import CheckpointMixin
 from .failure_callback import FailureCallback
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, unwrap_alsals
+from .plain_state import PlainState, plain_values
 from .presets import PRESETS
 from .publishing import PublishingMixin
 from .schedule import ScheduleMixin
 from .search_log import SearchLogMixin
 from .unsupported import refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+
+class OnInstanceOrClass:
+    """A method that may be called on the class too: the Trainer's is static, sentence-transformers' is not.
+
+    Args:
+        function (`Callable`): Takes the instance, or the class, first.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        return functools.partial(self.function, owner if instance is None else instance)
+
+
+class Unrecorded:
+    """Stands for the closure until a training step has been recorded: one that never is has this said of it.
+
+    Args:
+        trainer_cls (`type`): The class of the Trainer.
+    """
+
+    is_ready = False
+    loss = None
+
+    def __init__(self, trainer_cls: type) -> None:
+        self.trainer_cls = trainer_cls
+
+    def __call__(self) -> Tensor:
+        """Raise a RuntimeError that says what the Trainer's training step has to do."""
+        name = next(cls.__name__ for cls in self.trainer_cls.__mro__ if "training_step" in vars(cls))
+        raise RuntimeError(
+            f"The training_step of {name} must call super().training_step(), for a probe to repeat it, or be that of "
+            f"a class behind the mixin, as in class {name}(AlsalsTrainerMixin, MyTrainer), and there call "
+            "self.compute_loss and self.accelerator.backward once."
+        )
+
+    take_loss = __call__
+
+
+def _optimizer_cls_and_kwargs(trainer: Any, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return the optimizer class and its keyword arguments.
+
+    Args:
+        trainer (`AlsalsTrainerMixin` or its type): The Trainer.
+        args (`TrainingArguments`): The training arguments.
+        model (`nn.Module`, *optional*): The model, which some of the Trainer's optimizers need.
+    """
+    parent: Any = super(AlsalsTrainerMixin, trainer)
+    if args.optim not in PRESETS:
+        return parent.get_optimizer_cls_and_kwargs(args, model)
+    plain = copy.copy(args)
+    plain.optim, plain.optim_args = "adamw_torch", None
+    _, kwargs = parent.get_optimizer_cls_and_kwargs(plain, model)
+    # Parameter groups of its own, as sentence-transformers' trainers have.
+    groups = {name: kwargs[name] for name in ("params", "model", "optimizer_dict") if name in kwargs}
+    lists = (part for part in groups.values() if isinstance(part, list))
+    rates = [group["lr"] for part in lists for group in part if isinstance(group, dict) and "lr" in group]
+    if rates and min(rates) < 0.1:
+        logger.warning(
+            "The learning rate of a parameter group, as in learning_rate_mapping, multiplies the step size that "
+            f"{args.optim} finds, and {min(rates):g} makes it much smaller: leave it out, or keep it near 1."
+        )
+    return ALSALS, args.alsals_kwargs() | groups
 
 
 class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, SearchLogMixin):
@@ -27,7 +98,7 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
 
     Put it first: `class MyTrainer(AlsalsTrainerMixin, SFTTrainer)`. The arguments are those of the trainer; its
     training arguments name the optimizer (see [`AlsalsArgumentsMixin`]), or `optimizers` holds an [`ALSALS`]. It adds
-    [`StepSizeCallback`] and [`FailureCallback`]; `remove_callback` takes them away.
+    [`StepSizeCallback`], whatever the optimizer, and [`FailureCallback`]; `remove_callback` takes them away.
 
     Attributes:
         alsals (`ALSALS` or `None`): The optimizer, without Accelerate's wrapper, once training has begun.
@@ -41,28 +112,34 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         optimizer_cls, _ = self.optimizer_cls_and_kwargs or (None, None)
+        watching: list[Any] = [StepSizeCallback]  # of AdamW too: runs are there to be compared
         if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS) or optimizer_cls is ALSALS:
             refuse_unsupported(self)
-            for callback in (StepSizeCallback, FailureCallback):
-                if not any(isinstance(one, callback) for one in self.callback_handler.callbacks):
-                    self.add_callback(callback)
+            watching.append(FailureCallback)
+        for callback in watching:
+            if not any(isinstance(one, callback) for one in self.callback_handler.callbacks):
+                self.add_callback(callback)
 
-    @classmethod
-    def get_optimizer_cls_and_kwargs(cls, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        """Return the optimizer class and its keyword arguments.
+    def _hp_search_setup(self, trial: Any) -> None:
+        # Private, but nothing else sees the values of a trial before it begins (transformers 5.0 to 5.24).
+        optim = self.args.optim
+        super()._hp_search_setup(trial)
+        given, self.args.optim = self.args.optim, optim
+        if given != optim and {given, optim} & set(PRESETS):
+            raise ValueError(
+                f"hp_space must leave out optim, got {given!r} where the training arguments have {optim!r}: "
+                "learning_rate and others depend on it, so search with a Trainer for each."
+            )
+        self.args.optim = given
 
-        Args:
-            args (`TrainingArguments`): The training arguments.
-            model (`nn.Module`, *optional*): The model, which some of the Trainer's optimizers need.
-        """
-        if args.optim in PRESETS:
-            return ALSALS, args.alsals_kwargs()
-        return super().get_optimizer_cls_and_kwargs(args, model)
+    get_optimizer_cls_and_kwargs = OnInstanceOrClass(_optimizer_cls_and_kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer; the arguments are the Trainer's."""
         optimizer = super().create_optimizer(*args, **kwargs)
         self.alsals, self.loss_replay = unwrap_alsals(optimizer), None
+        if self.alsals is not None and self.alsals.pending.closure is None:
+            self.alsals.set_closure(Unrecorded(type(self)))
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -97,19 +174,27 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
         if self.alsals is None:
             return super().training_step(model, inputs, *args, **kwargs)
         replay = self.loss_replay
+        is_first = replay is None
         if replay is None:
             probe_micro_batches = getattr(self.args, "probe_micro_batches", None)
             replay = self.loss_replay = LossReplay(model, self.accelerator, probe_micro_batches, self._probing)
             self.alsals.set_closure(replay)
             self.start_search_log()
+        self._learning_rate = self.alsals.param_groups[0]["lr"]
 
         compute_loss, backward = self.compute_loss, self.accelerator.backward
         losses: list[Tensor] = []
         divisors: list[int] = []
 
         def compute_and_record(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            # compute_loss takes the labels out of the inputs it is given.
-            output = replay.record(lambda: compute_loss(model, copy.copy(inputs), *args, **kwargs))
+            before = plain_values(self)
+
+            def compute() -> Any:
+                # It may change coefficients for later ones, and takes the labels out of the inputs it is given.
+                self.__dict__.update(before, _is_probing=self._is_probing)
+                return compute_loss(model, copy.copy(inputs), *args, **kwargs)
+
+            output = replay.record(compute)
             losses.append(output[0] if isinstance(output, tuple) else output)
             return output
 
@@ -117,6 +202,13 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
             # The Trainer takes the loss of compute_loss as it is, or divided by the number of micro-batches.
             is_whole = not losses or loss is losses[-1]
             divisors.append(1 if is_whole else self.current_gradient_accumulation_steps)
+            # Compared once, for it is a host-device sync.
+            if is_first and losses and not torch.allclose(loss, losses[-1] / divisors[-1], rtol=1e-3, equal_nan=True):
+                raise RuntimeError(
+                    f"The training_step of {type(self).__name__} must give accelerator.backward the loss of "
+                    "compute_loss, or that divided by gradient_accumulation_steps, for a probe to repeat it; "
+                    f"got {loss.item():.6g} where compute_loss gave {losses[-1].item():.6g}: scale it in compute_loss."
+                )
             backward(loss, **kwargs)
 
         # What compute_loss is called with is what a probe has to call it with, whoever overrides which of the two.
@@ -148,15 +240,14 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
 
     @contextlib.contextmanager
     def _probing(self) -> Iterator[None]:
-        # TRL's trainers count tokens and collect metrics in compute_loss (TRL 1.16): a probe is no training.
-        own = self.__dict__
-        counters: dict[str, Any] = {name: own[name] for name in ("_metrics", "_total_train_tokens") if name in own}
-        own.update(copy.deepcopy(counters), _is_probing=True)
+        # Trainers count tokens, collect metrics and adapt coefficients in compute_loss: a probe is no training.
+        before = PlainState(self)
+        self._is_probing = True
         try:
             with self.compute_loss_context_manager():
                 yield
         finally:
-            own.update(counters, _is_probing=False)
+            before.restore()
 
 
 class AlsalsTrainer(AlsalsTrainerMixin, Trainer):

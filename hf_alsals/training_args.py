@@ -1,12 +1,18 @@
 """Training arguments that take `--optim alsals`."""
 
 import contextlib
+import json
 import logging
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -39,6 +45,74 @@ def defaults_of(optim: str) -> dict[str, Any]:
     }
 
 
+def check_schedule(args: TrainingArguments) -> None:
+    """Raise unless the schedule takes the names and values in `lr_scheduler_kwargs`.
+
+    Args:
+        args (`TrainingArguments`): The training arguments.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    kind, changes = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
+    if kind == SchedulerType.WARMUP_STABLE_DECAY:  # see ScheduleMixin
+        changes = {"num_decay_steps": 1} | changes if isinstance(changes, dict) else changes
+    try:
+        optimizer = torch.optim.SGD([torch.empty(0)], lr=1.0)
+        get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=2, scheduler_specific_kwargs=changes)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be names and values for {kind.value}, got {args.lr_scheduler_kwargs!r}: {error}"
+        ) from error
+
+
+def check_configs(args: TrainingArguments) -> None:
+    """Raise where the Trainer would take what it cannot read or does not know, or would do without it in silence.
+
+    Args:
+        args (`TrainingArguments`): The training arguments, as they were given.
+
+    Raises:
+        ValueError: If it would.
+    """
+    configs = {}
+    for name in ("accelerator_config", "fsdp_config"):
+        value = configs[name] = getattr(args, name)
+        if not isinstance(value, str):
+            continue
+        try:
+            if value.startswith("{"):
+                configs[name] = json.loads(value)
+            else:
+                with open(value, encoding="utf-8") as file:
+                    configs[name] = json.load(file)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{name} must be a json file that can be read, got {value!r}: {reason}.") from error
+        if not isinstance(configs[name], dict):
+            raise ValueError(f"{name} must be a json file of names and values, got {value!r}.")
+    if isinstance(configs["accelerator_config"], dict):
+        known = [one.name for one in fields(AcceleratorConfig)]
+        for name in configs["accelerator_config"]:
+            if name not in known:
+                raise ValueError(f"accelerator_config must have names out of {', '.join(known)}, got {name!r}.")
+    # accelerate launch --use_fsdp says so to its processes.
+    if args.fsdp_config and not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        raise ValueError(f"fsdp_config needs fsdp, got {args.fsdp_config!r} without: set fsdp, or leave it out.")
+    for name in args.include_for_metrics:
+        if name not in ("inputs", "loss"):
+            raise ValueError(f"include_for_metrics must be of inputs, loss, got {name!r}.")
+    backend = args.torch_compile_backend or "inductor"
+    backends = [one.value.lower() for one in DynamoBackend]
+    if backend.lower() not in backends:
+        raise ValueError(f"torch_compile_backend must be one of {', '.join(backends)}, got {backend!r}.")
+    if args.torch_compile_mode is not None and backend.lower() == "inductor":
+        from torch._inductor import list_mode_options  # takes a second
+
+        if args.torch_compile_mode not in (modes := list_mode_options()):
+            raise ValueError(f"torch_compile_mode must be one of {', '.join(modes)}, got {args.torch_compile_mode!r}.")
+
+
 @dataclass
 class AlsalsArgumentsMixin(ArgumentsMixinBase):
     """Makes any [`~transformers.TrainingArguments`] class take the optimizers of this package.
@@ -59,7 +133,9 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
         adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.
 
     Raises:
-        ValueError: If `optim` is unknown, or `optim_args` has an unknown key or a value out of range.
+        TypeError: If a number is not one.
+        ValueError: If `optim` is unknown, `optim_args` or `lr_scheduler_kwargs` have an unknown key, or a value is out
+            of range.
     """
 
     optim: str = field(
@@ -93,21 +169,33 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
         for name, value in defaults_of(optim).items():
             if getattr(self, name) is None:
                 setattr(self, name, value if ours else getattr(super(), name))
-        if not ours:
-            if optim not in list(OptimizerNames):
-                raise ValueError(
-                    f"optim must be one of {', '.join(PRESETS)} or of the Trainer's own, such as adamw_torch, "
-                    f"got {optim!r}."
-                )
-            super().__post_init__()
-            return
-        self.optim = super().optim  # the Trainer's own checks know its own names only (transformers 5.0 to 5.24)
+        if not ours and optim not in list(OptimizerNames):
+            raise ValueError(
+                f"optim must be one of {', '.join(PRESETS)} or of the Trainer's own, such as adamw_torch, "
+                f"got {optim!r}."
+            )
+        # A bad value must show before the model is loaded.
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} must be a number, got {value}.")
+        for name in self._VALID_DICT_FIELDS:
+            text = getattr(self, name)
+            if isinstance(text, str) and text.startswith("{"):
+                try:
+                    json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f'{name} must be json like {{"name": 1}}, got {text!r}: {error}') from error
+        check_configs(self)
+        if ours:
+            self.optim = super().optim  # the Trainer's checks know its own names only (transformers 5.0 to 5.24)
         super().__post_init__()
         self.optim = optim
-        # A bad value must show before the model is loaded.
         hyperparameters = {"lr": self.learning_rate, "betas": (self.adam_beta1, self.adam_beta2)}
         hyperparameters |= {"eps": self.adam_epsilon, "weight_decay": self.weight_decay}
         check_hyperparameters(hyperparameters, _HYPERPARAMETERS)
+        check_schedule(self)
+        if not ours:
+            return
         options = self._read_optim_args()
         try:
             check_probe_micro_batches(options.pop("probe_micro_batches", None))
@@ -152,7 +240,11 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
             key, separator, text = item.partition("=")
             if not separator:
                 raise ValueError(f'optim_args must look like "c=0.5,growth_factor=1.02", got {self.optim_args!r}.')
+            if key in options:
+                raise ValueError(f"optim_args must have every name once, got {key} twice in {self.optim_args!r}.")
             options[key] = _number_or_text(text)
+        if options.get("probe_micro_batches") == "all":
+            options["probe_micro_batches"] = None
         # An unknown growth is named later, with its value.
         search = LINE_SEARCHES.get(options.get("growth", "")) or line_search_of(PRESETS[self.optim]["growth"])
         names = ["growth", "slope", "probe_micro_batches", *search.options]
