@@ -45,7 +45,6 @@ from transformers import (
 )
 
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.callbacks import StepSizeCallback
 
 # 0.9 M parameters: three epochs of the embedded text in some four minutes on a CPU core.
 SMALL_GPT2 = {
@@ -117,9 +116,9 @@ def main() -> None:
         blocks = cut_into_blocks(texts, tokenize, block_size, data_args, training_args)
         train_dataset = eval_dataset = None
         if training_args.do_train:
-            train_dataset = take_blocks(blocks, "train", data_args.max_train_samples, "block_size")
+            train_dataset = take_blocks(blocks, "train", data_args.max_train_samples, "block_size", block_size)
         if training_args.do_eval:
-            eval_dataset = take_blocks(blocks, "validation", data_args.max_eval_samples, "block_size")
+            eval_dataset = take_blocks(blocks, "validation", data_args.max_eval_samples, "block_size", block_size)
 
     with one_line_error(parser):
         model = load_model(AutoModelForCausalLM, model_args, config, dtype=model_args.dtype)
@@ -144,13 +143,12 @@ def main() -> None:
             data_collator=default_data_collator,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=predictions,
-            callbacks=[StepSizeCallback()],
         )
 
     if training_args.do_train:
-        train(trainer, lora_args)
+        train(parser, trainer, lora_args)
     if training_args.do_eval:
-        evaluate(trainer, with_perplexity=True)
+        evaluate(parser, trainer, with_perplexity=True)
 
     # On every process: under FSDP each holds a shard of the model.
     prompt = tokenizer("The ", add_special_tokens=False, return_tensors="pt")["input_ids"].to(training_args.device)

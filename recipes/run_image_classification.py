@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.callbacks import StepSizeCallback
+from hf_alsals.callbacks import one_line
 
 # 0.2 M parameters.
 SMALL_RESNET = {
@@ -194,8 +194,9 @@ def load_images(data_args: ImageDataArguments, model_args: ModelArguments, seed:
                 )
         rows = rows.select_columns(list(wanted.values()))
         images[split] = rows.rename_columns({column: kind for kind, column in wanted.items() if column != kind})
-        if not isinstance(images[split].features["image"], Image):
-            images[split] = images[split].cast_column("image", Image())
+        # They are decoded where an error can name the image.
+        images[split] = images[split].cast_column("image", Image(decode=False))
+        images[split] = images[split].add_column("row", range(len(rows)))
 
     # The labels by name, in the order of their numbers if there are any.
     first = next(iter(images.values()))
@@ -216,7 +217,8 @@ def load_images(data_args: ImageDataArguments, model_args: ModelArguments, seed:
             # Numbers in their order, not 10 before 2.
             names = names or [str(label) for label in sorted(set(rows["label"]))]
         if unknown := sorted(set(column) - present):
-            raise ValueError(f"the {split} data has the label {unknown[0]!r}, the training data {', '.join(names)}.")
+            known = ", ".join(name for name in names if name in present)
+            raise ValueError(f"the {split} data has the label {unknown[0]!r}, the training data {known}.")
         rows = rows.remove_columns("label").add_column("label", [names.index(label) for label in column])
         images[split] = rows.cast_column("label", ClassLabel(names=names))
     if "train" in images and "validation" not in images:
@@ -234,6 +236,18 @@ def make_image_processor(model_args: ImageModelArguments, config: PretrainedConf
     size = {} if model_args.image_size is None else {"size": {"height": size, "width": size}}
     with loading("image_processor_name" if model_args.image_processor_name else "model_name_or_path", name):
         return AutoImageProcessor.from_pretrained(name, **size, **model_args.hub_kwargs)
+
+
+def open_image(image: dict[str, Any] | None, row: int) -> Any:
+    """Decode an image of a data set, given as its bytes or its path."""
+    try:
+        picture = Image().decode_example(image)
+        if picture.mode.startswith(("I", "F")) and picture.getextrema()[1] > 255:  # which RGB would clip
+            raise ValueError(f"its mode is {picture.mode}, with values above 255: save it with 8 bits a channel.")
+        return picture.convert("RGB")
+    except (AttributeError, OSError, SyntaxError, TypeError, ValueError) as error:
+        name = (image or {}).get("path") or f"of row {row}"
+        raise ValueError(f"the image {name} cannot be read: {one_line(error)}") from error
 
 
 def shift_and_mirror(image: Any) -> Any:
@@ -265,7 +279,7 @@ def main() -> None:
 
     # Preprocessing, when images are read: shift and mirror those to train on, then what the model's processor does.
     def pixels(rows: dict[str, list], augment: bool) -> dict[str, Any]:
-        pictures = [image.convert("RGB") for image in rows["image"]]
+        pictures = [open_image(image, row) for image, row in zip(rows["image"], rows["row"])]
         if augment:
             pictures = [shift_and_mirror(picture) for picture in pictures]
         return {
@@ -304,13 +318,12 @@ def main() -> None:
             processing_class=image_processor,
             data_collator=collate,
             compute_metrics=compute_metrics,
-            callbacks=[StepSizeCallback()],
         )
 
     if training_args.do_train:
-        train(trainer)
+        train(parser, trainer)
     if training_args.do_eval:
-        evaluate(trainer)
+        evaluate(parser, trainer)
 
     card = {"finetuned_from": model_args.model_name_or_path, "tasks": "image-classification"}
     if data_args.dataset_name is not None:

@@ -41,7 +41,6 @@ from transformers import (
 )
 
 from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
-from hf_alsals.callbacks import StepSizeCallback
 
 # 0.9 M parameters.
 SMALL_T5 = {
@@ -110,9 +109,13 @@ def main() -> None:
         blocks = cut_into_blocks(texts, tokenize, data_args.max_seq_length, data_args, training_args)
         train_dataset = eval_dataset = None
         if training_args.do_train:
-            train_dataset = take_blocks(blocks, "train", data_args.max_train_samples, "max_seq_length")
+            train_dataset = take_blocks(
+                blocks, "train", data_args.max_train_samples, "max_seq_length", data_args.max_seq_length
+            )
         if training_args.do_eval:
-            eval_dataset = take_blocks(blocks, "validation", data_args.max_eval_samples, "max_seq_length")
+            eval_dataset = take_blocks(
+                blocks, "validation", data_args.max_eval_samples, "max_seq_length", data_args.max_seq_length
+            )
         model = load_model(AutoModelForSeq2SeqLM, model_args, config, dtype=model_args.dtype)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
@@ -133,13 +136,12 @@ def main() -> None:
             data_collator=span_corruption,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=predictions,
-            callbacks=[StepSizeCallback()],
         )
 
     if training_args.do_train:
-        train(trainer)
+        train(parser, trainer)
     if training_args.do_eval:
-        evaluate(trainer, with_perplexity=True)
+        evaluate(parser, trainer, with_perplexity=True)
     finish(parser, trainer, tasks="text2text-generation", **card_of_text(data_args, model_args))
 
 

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from recipe import ModelArguments, TextModelArguments, check_counts, check_file, logger, override
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -174,8 +174,16 @@ def text_column(texts: DatasetDict | IterableDatasetDict) -> str:
     if example is None:
         raise ValueError(f"the {split} text must hold at least one line or row, but it is empty.")
     column = "text" if "text" in example else next(iter(example))
-    if not isinstance(example[column], (str, type(None))):
+    if not isinstance(example[column], (str, type(None))) and column != "text":
         raise ValueError(f"the data must have a column of text named text, got {', '.join(example)}.")
+    for split, rows in texts.items():
+        # Of streamed rows the first says what the others hold.
+        features = rows.features or {column: Value("string")}
+        if column not in features:
+            raise ValueError(f"the {split} data must have the column {column}, got {', '.join(features)}.")
+        dtype = getattr(features[column], "dtype", None)
+        if dtype not in ("string", "large_string", "null"):
+            raise ValueError(f"the column {column} of the {split} data must hold text, got {dtype or 'lists'}.")
     return column
 
 
@@ -210,18 +218,21 @@ def cut_into_blocks(
         return texts.map(tokenize_rows, remove_columns=column_names, **map_kwargs).map(group, **map_kwargs)
 
 
-def take_blocks(blocks: DatasetDict | IterableDatasetDict, split: str, most: int | None, flag: str) -> Any:
+def take_blocks(
+    blocks: DatasetDict | IterableDatasetDict, split: str, most: int | None, flag: str, block_size: int
+) -> Any:
     """Return the blocks of a split, at most so many; their size was set by the flag."""
     if split not in blocks:
         raise ValueError(f"there is no {split} text: name a {split}_file or another data set.")
     chosen = blocks[split]
-    if isinstance(chosen, Dataset):
-        if len(chosen) == 0:
-            raise ValueError(f"the {split} text has fewer tokens than one block: take a smaller {flag}.")
-        return chosen if most is None else chosen.select(range(min(most, len(chosen))))
     if next(iter(chosen), None) is None:
-        raise ValueError(f"the {split} text has fewer tokens than one block: take a smaller {flag}.")
-    return chosen if most is None else chosen.take(most)
+        raise ValueError(
+            f"{flag} must leave the {split} text at least one whole block, got {block_size}: take a smaller one, or "
+            "more text."
+        )
+    if most is None:
+        return chosen
+    return chosen.select(range(min(most, len(chosen)))) if isinstance(chosen, Dataset) else chosen.take(most)
 
 
 def card_of_text(data_args: TextDataArguments, model_args: ModelArguments) -> dict[str, str | None]:
