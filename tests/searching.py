@@ -16,13 +16,13 @@ WRONG_OPTIONS = [
     *(("growth_factor", value, ValueError, "at least 1") for value in (0.99, 0, -1, math.inf, math.nan)),
     *(("decrease_factor", value, ValueError, OPEN_UNIT) for value in (0, 1, -0.5, 1.1, math.nan)),
     *(("initial_step_size", value, ValueError, "positive finite") for value in (0, -1, math.inf, math.nan)),
-    *(("search_interval", value, ValueError, 'at least 1 or "adaptive"') for value in (0, -3, "often")),
+    *(("search_interval", value, ValueError, 'at least 1, "adaptive" or "never"') for value in (0, -3, "often")),
     *(("c", value, TypeError, OPEN_UNIT) for value in ("0.3", None, True)),
     *(("beta3", value, TypeError, r"a number in \[0, 1\)") for value in ("0.9", None, False)),
     *(("growth_factor", value, TypeError, "at least 1") for value in ("1.01", None, True)),
     *(("decrease_factor", value, TypeError, OPEN_UNIT) for value in ("0.9", None, True)),
     *(("initial_step_size", value, TypeError, "positive finite") for value in ("0.1", None, True)),
-    *(("search_interval", value, TypeError, 'an int or "adaptive"') for value in (2.0, True, None, [3])),
+    *(("search_interval", value, TypeError, 'an int, "adaptive" or "never"') for value in (2.0, True, None, [3])),
 ]
 
 

@@ -2,13 +2,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 from tiny_training import Sequences, arguments, gpt2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments, FailureCallback, StepSizeCallback
+from hf_alsals.report import load_run
 
 ALSALS_LOGS = [
     {"step": step, "loss": 3 / step, "learning_rate": 1e-3, "step_size": 1e-3 * step, "lr_multiplier": 1 / step}
@@ -126,14 +129,30 @@ def test_an_optimizer_given_as_an_object_is_named(tmp_path):
 
 
 @dataclass
-class ArgumentsWithPath(AlsalsTrainingArguments):
+class ArgumentsOfItsOwn(AlsalsTrainingArguments):
     data_dir: Path | None = None
+    class_weights: Any = None
 
 
 def test_an_argument_that_json_does_not_know_is_noted_as_text(tmp_path):
-    args = arguments(tmp_path, ArgumentsWithPath, max_steps=2, data_dir=Path("data") / "here")
+    own = {"data_dir": Path("data") / "here", "class_weights": torch.tensor([1.0, 2.0])}
+    args = arguments(tmp_path, ArgumentsOfItsOwn, max_steps=2, **own)
     settings = settings_of(AlsalsTrainer(gpt2(), args, train_dataset=Sequences()), tmp_path)["settings"]
     assert settings["data_dir"] == os.path.join("data", "here")
+    assert settings["class_weights"] == "tensor([1., 2.])"
+
+
+class LogsATensor(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        state.log_history[-1]["of my own"] = torch.tensor(1.0)
+
+
+def test_logs_that_json_does_not_know_do_not_end_the_run(tmp_path, caplog):
+    args = arguments(tmp_path, max_steps=3, save_strategy="no")
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), callbacks=[LogsATensor()])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert any("trainer_state.json is not written" in message and "Tensor" in message for message in caplog.messages)
 
 
 def test_a_checkpoint_without_the_callbacks_is_resumed(tmp_path):
@@ -150,6 +169,26 @@ def test_a_checkpoint_without_the_callbacks_is_resumed(tmp_path):
     assert state["stateful_callbacks"]["StepSizeCallback"]["attributes"]["first_step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("optim", "given", "name"),
+    [
+        ("alsals", None, "alsals"),
+        ("salsa", None, "salsa"),
+        ("adamw_torch", None, "adamw_torch"),
+        ("adafactor", None, "adafactor"),
+        ("adamw_torch", ALSALS, "ALSALS"),
+        ("adamw_torch", torch.optim.SGD, "SGD"),
+        ("alsals", torch.optim.AdamW, "AdamW"),
+    ],
+)
+def test_the_optimizer_of_every_run_is_recorded(optim, given, name, tmp_path):
+    model = gpt2()
+    args = arguments(tmp_path, max_steps=1, optim=optim, optim_args=None)
+    optimizer = given and given(model.parameters(), lr=1e-3)
+    AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=(optimizer, None)).train()
+    assert load_run(str(tmp_path)).summary()["optimizer"] == name
+
+
 def test_ratio_and_probes_are_drawn_for_a_search_only(tmp_path):
     (tmp_path / "adamw").mkdir()
     searched = [entry | {"armijo_ratio": 0.5, "probes": 1.0} for entry in ALSALS_LOGS]
@@ -159,3 +198,40 @@ def test_ratio_and_probes_are_drawn_for_a_search_only(tmp_path):
         for logs in (ALSALS_LOGS, searched)  # the first as of runs that did not log a ratio
     ]
     assert blue[1] > blue[0] + 1000
+
+
+@pytest.mark.parametrize("name", ["run_$a_$b", r"$\frac$", r"cost \$5_$", "a$"])
+def test_a_run_of_any_name_is_drawn(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert draw(ALSALS_LOGS, folder).exists()
+
+
+@pytest.mark.parametrize("name", ["step_size.png", "trainer_state.json"])
+def test_what_cannot_be_written_costs_a_warning_and_not_the_run(name, tmp_path, caplog):
+    (tmp_path / name).mkdir()
+    trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, max_steps=3), train_dataset=Sequences())
+    trainer.train()
+    assert trainer.state.global_step == 3
+    messages = [message for message in caplog.messages if str(tmp_path / name) in message]
+    assert len(messages) == (1 if name == "step_size.png" else 2)  # at the first log and at the end
+    assert all("training goes on" in message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize("odd", [{"step_size": "big"}, {"loss": None}, {"lr_multiplier": ...}, {"step": ...}])
+def test_odd_logs_end_no_run(odd, tmp_path):
+    # `...` stands for a name that is not there.
+    entries = [{name: value for name, value in (entry | odd).items() if value is not ...} for entry in ALSALS_LOGS]
+    callback, state = StepSizeCallback(), TrainerState(log_history=entries)
+    callback.on_save(arguments(tmp_path), state, TrainerControl())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("of\nmatplotlib")])
+def test_a_picture_that_fails_ends_no_run(error, tmp_path, caplog, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    assert not draw(ALSALS_LOGS, tmp_path).exists()
+    (message,) = caplog.messages
+    assert str(tmp_path / "step_size.png") in message and "\n" not in message

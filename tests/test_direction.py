@@ -207,6 +207,21 @@ def test_save_takes_the_memory_of_the_gradients_unless_they_are_kept():
     assert torch.equal(gradient, before)
 
 
+def test_an_interrupted_save_leaves_no_weights_in_the_gradients(monkeypatch):
+    params = [single([3.0, -1.0]), single([2.0])]
+    direction = updated(MomentumDirection, params)
+    copy_ = torch.Tensor.copy_
+
+    def interrupted(self, other):
+        copy_(self, other)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        direction.save()
+    assert [p.grad for p in params] == [None, None]
+
+
 # ---- parameters and state ----
 
 

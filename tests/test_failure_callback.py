@@ -3,10 +3,10 @@ import logging
 
 import pytest
 import torch
-from tiny_training import Sequences, arguments, gpt2
+from tiny_training import VOCABULARY, Sequences, arguments, gpt2
 from torch import nn
 
-from hf_alsals import AlsalsTrainer, FailureCallback
+from hf_alsals import AlsalsTrainer, FailureCallback, StepSizeCallback
 
 
 class OwnDropout(nn.Module):
@@ -64,6 +64,23 @@ def test_a_probe_that_does_not_repeat_training_is_named_once_and_kept_over_a_res
     assert [one["step"] for one in warnings()] == [0, 2]
 
 
+@pytest.mark.parametrize("first_step", [2, 3, 60])
+def test_a_probe_that_becomes_inexact_later_is_named(first_step, tmp_path):
+    class Changing(AlsalsTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.state.global_step >= first_step:
+                inputs["input_ids"].add_(1).remainder_(VOCABULARY)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    args = arguments(tmp_path, max_steps=first_step + 5, optim_args="search_interval=10")
+    trainer = Changing(gpt2(), args, train_dataset=Sequences())
+    trainer.train()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    (warning,) = state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"]
+    assert warning["step"] == {2: 2, 3: 4, 60: 64}[first_step]
+    assert "probes do not repeat training" in warning["message"]
+
+
 def test_the_check_changes_nothing_in_training(tmp_path):
     logs = []
     for remove in (False, True):
@@ -75,10 +92,12 @@ def test_the_check_changes_nothing_in_training(tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_the_callbacks_are_there_once_and_for_alsals_only(tmp_path):
-    def names(**kwargs):
-        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, **kwargs), callbacks=[FailureCallback()])
+def test_the_callbacks_are_there_once_and_failures_for_alsals_only(tmp_path):
+    def names(*callbacks, **kwargs):
+        trainer = AlsalsTrainer(gpt2(), arguments(tmp_path, **kwargs), callbacks=[*callbacks])
         return [type(one).__name__ for one in trainer.callback_handler.callbacks]
 
-    assert names().count("FailureCallback") == names().count("StepSizeCallback") == 1
-    assert "StepSizeCallback" not in names(optim="adamw_torch")
+    for callbacks in ([], [FailureCallback()], [StepSizeCallback()]):
+        assert [names(*callbacks).count(name) for name in ("FailureCallback", "StepSizeCallback")] == [1, 1]
+    assert "FailureCallback" not in names(optim="adamw_torch")
+    assert names(optim="adamw_torch").count("StepSizeCallback") == 1  # for a comparison

@@ -134,6 +134,21 @@ def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink
     assert follow(PathGrowth(), [-1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**-7)
 
 
+def test_without_searches_it_grows_six_times_as_fast_until_a_path_slope_is_negative():
+    growth = PathGrowth()
+    state, step_size = growth.init(1e-4), 1e-4
+    for path_slope, faster in [(1.0, 6), (0.0, 6), (2.0, 6), (-1e-3, 1), (1.0, 1)]:
+        before = step_size
+        state, step_size = growth.follow(state, step_size, path_slope, is_searched=False)
+        assert step_size == pytest.approx(before * 1.03 ** (faster * (state.path_slope + 0.3)))
+
+
+def test_without_searches_it_grows_as_ever_from_a_hundredth_on():
+    growth = PathGrowth()
+    _, step_size = growth.follow(growth.init(0.01), 0.01, 1.0, is_searched=False)
+    assert step_size == pytest.approx(0.01 * 1.03**1.3)
+
+
 @pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("before", [[], [2.0, -1.0]])
 def test_a_path_slope_that_is_not_finite_is_left_out(path_slope, before):
@@ -192,7 +207,7 @@ class RampGrowth:
     def init(self, initial_step_size):
         return RampState()
 
-    def follow(self, state, step_size, path_slope):
+    def follow(self, state, step_size, path_slope, is_searched=True):
         if state.steps == self.ramp_steps:
             return state, step_size
         steps = state.steps + 1

@@ -74,3 +74,38 @@ def test_rounding_hides_no_step_size(initial_step_size, phase):
 def test_a_loss_that_is_not_finite_is_not_sufficient(value):
     found = find(lambda step_size: -step_size if step_size < 0.01 else value, initial_step_size=1.0)
     assert 0.01 / 2**0.125 <= found.step_size < 0.01
+
+
+@pytest.mark.parametrize("loss", [0.0, 3.0, -200.0])
+@pytest.mark.parametrize("value", [0.0, 0.5, -1e-9])
+def test_a_value_that_does_not_follow_the_slope_is_found_out(loss, value):
+    found = InitialSearch().search(loss, 100.0, lambda step_size: loss + value * step_size, 0.3, 0.1)
+    assert found.hides_gradient
+    assert found.step_size == 0.0
+
+
+@pytest.mark.parametrize("slope", [1e-9, 1e-4])
+def test_a_slope_too_small_to_show_says_nothing_of_the_value(slope):
+    assert not InitialSearch().search(3.0, slope, lambda step_size: 3.0, 0.3, 0.1).hides_gradient
+
+
+def test_a_value_that_follows_the_slope_at_small_steps_only_hides_nothing():
+    def cliff(step_size):
+        return -step_size if step_size < 1e-6 else 5.0
+
+    assert not InitialSearch().search(0.0, 1.0, cliff, 0.3, 0.1).hides_gradient
+
+
+@pytest.mark.parametrize("loss", [0.0, 3.0])
+@pytest.mark.parametrize("ratio", [-2.1, 0.0, 0.2])
+def test_a_reduction_by_rounding_does_not_hide_that_the_value_does_not_follow_the_slope(loss, ratio):
+    def probe(step_size):  # at tiny steps ten times what the slope predicts
+        return loss - (ratio if step_size > 1e-9 else 10.0) * 100.0 * step_size + step_size**2
+
+    assert InitialSearch().search(loss, 100.0, probe, 0.3, 0.1).hides_gradient
+
+
+def test_a_sharp_parabola_is_curvature_and_no_hidden_gradient():
+    found = InitialSearch().search(0.0, 1.0, lambda step_size: -step_size + 1e9 * step_size**2, 0.3, 0.1)
+    assert not found.hides_gradient
+    assert 0.7e-9 / 2**0.125 <= found.step_size <= 0.7e-9

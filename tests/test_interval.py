@@ -104,3 +104,11 @@ def test_a_wrong_interval_is_named_with_its_value(name, value, error, right):
         with pytest.raises(error, match=f"^{name} must be .*{right}") as raised:
             make(value)
         assert repr(value) in str(raised.value)
+
+
+def test_never_searches_and_says_so():
+    interval = interval_of("never")
+    state = interval.init()
+    for _ in range(30):
+        assert not interval.is_due(state)
+        state = interval.skipped(state)

@@ -252,6 +252,7 @@ NO_LOSSES = [
     (True, TypeError, "bool"),
     (None, TypeError, "NoneType"),
     (1j, TypeError, "complex"),
+    (torch.tensor(1j), TypeError, "The loss must be real, got a tensor of torch.complex64"),
 ]
 
 

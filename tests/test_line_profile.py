@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from tiny_training import Sequences, arguments, gpt2, training_logs
 from torch import nn
 
 from hf_alsals import ALSALS, AlsalsTrainer, LineProfileCallback
-from hf_alsals.line_profile import LineProfile
+from hf_alsals.line_profile import LineProfile, draw_line_profile
 
 STEP_SIZES = [0.0, 1e-4, 1e-3, 1e-2, 0.1]
 
@@ -103,6 +104,7 @@ def test_profiles_of_a_run_agree_with_its_logs_and_change_nothing(accumulation, 
             assert low - 1e-4 <= next_loss <= high + 1e-4
         else:
             assert profile["next_losses"] == []
+        assert profile["searched"] == (by_step[step]["probes"] > 0) == (step < 6)
         best = min(profile["losses"])
         assert profile["losses"][profile["step_sizes"].index(profile["best_step_size"])] == best
         assert (imread(folder / f"step-00000{step}.png") < 0.99).any(axis=-1).sum() > 5000
@@ -167,6 +169,16 @@ class Fragile(nn.Module):
         return {"loss": loss.masked_fill(loss < self.finite_from, torch.inf)}
 
 
+@pytest.mark.parametrize(("searched", "title"), [(True, "searched"), (False, "not searched")])
+def test_the_title_says_whether_the_line_was_searched(searched, title, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text: titles.append(text))
+    profile = {"step": 7, "searched": searched, "c": 0.3, "slope": 1.0, "accepted_step_size": 0.1}
+    profile |= {"best_step_size": 0.1, "step_sizes": [0.0, 0.1, 0.2], "losses": [1.0, 0.9, 1.1], "next_losses": []}
+    draw_line_profile(profile, str(tmp_path / "profile.png"))
+    assert titles == [f"optimizer step 7, {title}"]
+
+
 def test_a_loss_that_is_not_finite_is_left_out_of_the_picture(tmp_path):
     args = arguments(tmp_path, max_steps=1, optim_args="initial_step_size=1e-3")
     AlsalsTrainer(Fragile(1.0), args, train_dataset=Sequences(), callbacks=[LineProfileCallback(every=1)]).train()
@@ -193,3 +205,13 @@ def test_fp16_without_clipping_is_refused_before_training(tmp_path):
     args.fp16 = True
     with pytest.raises(ValueError, match=r"max_grad_norm > 0 under fp16, got 0\.0"):
         LineProfileCallback(every=1).on_train_begin(args, None, None)
+
+
+def test_a_profile_that_cannot_be_written_costs_a_warning_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "line_profile").write_text("no folder")
+    args = arguments(tmp_path, max_steps=4)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences(), callbacks=[LineProfileCallback(2, points=2)])
+    trainer.train()
+    assert trainer.state.global_step == 4
+    messages = [message for message in caplog.messages if str(tmp_path / "line_profile") in message]
+    assert len(messages) == 2 and all("training goes on" in message for message in messages)

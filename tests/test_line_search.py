@@ -268,12 +268,45 @@ def test_the_first_search_waits_for_a_slope(slope):
 
 def test_where_the_first_search_finds_nothing_there_is_another():
     searching = Searching("path")
-    assert searching.search(0.0, 1.0, lambda step_size: 1.0) == 0.0
+    assert searching.search(0.0, 1.0, lambda step_size: math.inf) == 0.0
     assert (searching.state.probes, searching.state.accepted) == (30, False)
-    assert searching.state.actual_reduction == -1.0
+    assert searching.state.actual_reduction == -math.inf
     assert not searching.state.is_initialized
     assert searching.is_due
     assert searching.state.step_size == 0.1
+
+
+def test_where_the_first_search_finds_a_hidden_gradient_the_path_alone_moves_the_step_size():
+    searching = Searching("path", growth_factor=1.2)
+    assert searching.search(0.0, 1.0, lambda step_size: 1.0) == pytest.approx(1e-4)
+    assert searching.state.is_blind
+    step_size = 1e-4
+    for _ in range(30):  # many intervals
+        step_size *= 1.2 ** (1.3 * (6 if step_size < 0.01 else 1))
+        assert searching.skip(path_slope=2.0) == pytest.approx(step_size)
+    assert searching.line_search.metrics(searching.state) == {"path_slope": 1.0}
+
+
+def test_never_searching_starts_low_and_is_moved_by_the_path_alone():
+    searching = Searching("path", search_interval="never", growth_factor=1.2, initial_step_size=10.0)
+    for k in range(1, 31):
+        assert searching.skip(path_slope=-2.0) == pytest.approx(1e-2 * 1.2 ** (-0.7 * k))
+
+
+def test_never_searching_is_refused_where_only_searches_move_the_step_size():
+    with pytest.raises(ValueError, match=r'^search_interval must be an int or "adaptive" with growth=constant.*never'):
+        Searching("constant", search_interval="never")
+
+
+@pytest.mark.parametrize("growth", ["path", "constant"])
+def test_a_search_has_a_hundred_probes_at_most(growth):
+    searching = Searching(growth, decrease_factor=0.99999)
+    if growth == "path":
+        searching.search(0.0, 1.0, lambda step_size: -step_size)
+        searching.state = dataclasses.replace(searching.state, interval=searching.line_search.interval.init())
+    probe, probed = recorder(lambda step_size: 1.0)
+    searching.search(0.0, 1.0, probe)
+    assert len(probed) == 100
 
 
 def test_the_first_search_counts_its_nonfinite_probes():

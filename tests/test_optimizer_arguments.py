@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -98,3 +99,16 @@ def test_complex_parameter_raises():
         ConstantALSALS([w])
     with pytest.raises(TypeError, match="complex64"):
         ConstantALSALS([single([1.0])]).add_param_group({"params": [w]})
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.099])
+def test_a_learning_rate_meant_for_adamw_is_warned_of(lr):
+    with pytest.warns(UserWarning, match=f"lr multiplies the step size.*{lr:g} makes it much smaller"):
+        ALSALS([single([1.0])], lr=lr)
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1, 1.0, 3.0])
+def test_a_multiplier_near_one_is_not_warned_of(lr):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ALSALS([single([1.0])], lr=lr)

@@ -328,3 +328,113 @@ def test_loss_that_is_no_scalar_raises_and_moves_nothing(loss_given, loss, error
     with pytest.raises(error, match=message):
         optimizer.step(lambda: loss, 1.0 if loss_given else None)
     assert w.tolist() == [1.0, 2.0]
+
+
+def with_backward(optimizer, net, k, set_to_none=True):
+    """Return a closure of torch.optim's convention: it zeroes the gradients and computes them anew."""
+
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = net_loss(net, k)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("wrap", [lambda closure: closure, torch.enable_grad()], ids=["plain", "enable_grad"])
+@pytest.mark.parametrize("search_interval", [1, 3])
+def test_a_closure_that_computes_the_gradients_as_in_torch_optim_trains_to_the_bit(wrap, search_interval):
+    net, other = make_net(), make_net()
+    ours = ConstantALSALS(net.parameters(), search_interval=search_interval, initial_step_size=1.0)
+    theirs = ConstantALSALS(other.parameters(), search_interval=search_interval, initial_step_size=1.0)
+    rejected = 0
+    for k in range(12):
+        loss = net_loss(net, k)
+        ours.zero_grad()
+        loss.backward()
+        ours.step(lambda k=k: net_loss(net, k), loss)
+        theirs.step(wrap(with_backward(theirs, other, k)))
+        assert (theirs.loss, theirs.step_size, theirs.probes) == (ours.loss, ours.step_size, ours.probes)
+        rejected += max(ours.probes - 1, 0)
+    assert rejected > 0
+    assert_identical(snapshot(other.parameters()), snapshot(net.parameters()))
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_a_closure_that_adds_to_gradients_that_were_there_is_refused_and_moves_nothing(has_gradients):
+    net = make_net()
+    optimizer = ConstantALSALS(net.parameters())
+    before = snapshot(net.parameters())
+
+    @torch.enable_grad()
+    def closure():
+        loss = net_loss(net, 1)
+        loss.backward()
+        return loss
+
+    if has_gradients:  # as with micro-batches accumulated before
+        net_loss(net, 0).backward()
+        with pytest.raises(RuntimeError, match=r"adds to gradients that were there.*zero_grad\(set_to_none=True\)"):
+            optimizer.step(closure)
+        assert_identical(snapshot(net.parameters()), before)
+    else:
+        optimizer.step(closure)
+        assert optimizer.step_size > 0
+        assert not torch.equal(net[0].weight, before[0])
+
+
+def test_a_closure_that_leaves_a_gradient_of_another_loss_is_refused():
+    # As with accumulated micro-batches, each through another branch of the model.
+    a, b = single([1.0]), single([2.0])
+    optimizer = ConstantALSALS([a, b])
+    a.square().sum().backward()
+
+    @torch.enable_grad()
+    def closure():
+        loss = b.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="adds to gradients that were there"):
+        optimizer.step(closure)
+    assert (a.item(), b.item()) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda params: torch.nn.utils.clip_grad_norm_(params, 1e-3),
+        lambda params: torch.nn.utils.clip_grad_value_(params, 1e-3),
+        lambda params: [setattr(p, "grad", p.grad * 0.5) for p in params],
+        lambda params: setattr(params[0], "grad", None),
+    ],
+    ids=["norm", "value", "replaced", "removed"],
+)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_closure_whose_gradients_are_changed_after_the_backward_pass_is_refused(change, steps_before):
+    net = make_net()
+    optimizer = ConstantALSALS(net.parameters())
+    for k in range(steps_before):
+        optimizer.step(with_backward(optimizer, net, k))
+    before = snapshot(net.parameters())
+
+    def closure():
+        loss = with_backward(optimizer, net, 5)()
+        change([*net.parameters()])
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"changed after backward\(\).*set_clip_coef"):
+        optimizer.step(closure)
+    assert_identical(snapshot(net.parameters()), before)
+
+
+def test_a_closure_that_returns_nothing_is_told_to_return_the_loss():
+    with pytest.raises(TypeError, match="got NoneType: the closure has to return it"):
+        ConstantALSALS([with_gradient(single([1.0]))]).step(lambda: None)
+
+
+def test_an_error_of_the_closures_own_is_not_taken_for_a_backward_pass():
+    w = with_gradient(single([1.0]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ConstantALSALS([w]).step(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")))

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -264,3 +265,129 @@ def test_loss_that_keeps_changing_its_sign_stays_finite(name, period):
     assert optimizer.skipped_steps == 0
     if METHODS[name].get("slope") != "preconditioned":
         assert min(slopes) < 0 < max(slopes)
+
+
+def test_gradients_in_one_memory_swap_no_weights():
+    a, b = single([1.0]), single([5.0])
+
+    def closure():
+        return (a + b).pow(2).sum()
+
+    c, d = single([1.0]), single([5.0])
+    optimizer, other = ConstantALSALS([a, b], search_interval=1), ConstantALSALS([c, d], search_interval=1)
+    for _ in range(3):
+        loss = closure()
+        a.grad, b.grad = torch.autograd.grad(loss, (a, b))
+        assert a.grad.data_ptr() == b.grad.data_ptr()
+        optimizer.step(closure, loss)
+        other_loss = (c + d).pow(2).sum()
+        other.zero_grad()
+        other_loss.backward()
+        c.grad, d.grad = c.grad.clone(), d.grad.clone()
+        other.step(lambda: (c + d).pow(2).sum(), other_loss)
+    assert_identical([a.detach(), b.detach()], [c.detach(), d.detach()])
+    assert optimizer.step_size == other.step_size
+
+
+def test_an_expanded_gradient_is_taken_as_its_copy():
+    w, other = single([1.0, 2.0, 3.0]), single([1.0, 2.0, 3.0])
+    for p, copied in ((w, False), (other, True)):
+        optimizer = ConstantALSALS([p])
+        (gradient,) = torch.autograd.grad(p.sum(), p)
+        assert gradient.stride() == (0,)
+        p.grad = gradient.clone() if copied else gradient
+        optimizer.step(lambda p=p: p.sum(), p.detach().sum())
+    assert_identical(w.detach(), other.detach())
+    assert not torch.equal(w.detach(), torch.tensor([1.0, 2.0, 3.0], dtype=w.dtype))
+
+
+def test_a_compiled_step_is_the_step_itself():
+    net, other = make_net(), make_net()
+    optimizer = ConstantALSALS(net.parameters())
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for k in range(3):
+        loss = net_loss(net, k)
+        optimizer.zero_grad()
+        loss.backward()
+        compiled(lambda k=k: net_loss(net, k), loss)
+    train(other, ConstantALSALS(other.parameters()), range(3))
+    assert_identical(snapshot(net.parameters()), snapshot(other.parameters()))
+
+
+def test_a_learning_rate_that_is_a_tensor_is_that_number():
+    net, other = make_net(), make_net()
+    optimizer = ConstantALSALS(net.parameters(), lr=torch.tensor(0.5))
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)  # as capturable schedules set it
+    reference = ConstantALSALS(other.parameters(), lr=0.25)
+    train(net, optimizer, range(4))
+    train(other, reference, range(4))
+    assert_identical(snapshot(net.parameters()), snapshot(other.parameters()))
+
+
+@pytest.mark.parametrize("search_interval", [1, 100])
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), torch.tensor(float("nan"))], ids=str)
+def test_a_learning_rate_that_is_not_finite_midway_is_refused_and_moves_nothing(lr, search_interval):
+    net = make_net()
+    groups = [{"params": [net[0].weight]}, {"params": list(net.parameters())[1:]}]
+    optimizer = ConstantALSALS(groups, search_interval=search_interval)
+    train(net, optimizer, range(2))
+    optimizer.param_groups[1]["lr"] = lr
+    before = snapshot(net.parameters())
+    with pytest.raises(ValueError, match=r"lr must be a finite number in every step, got (nan|inf): look at the sch"):
+        train(net, optimizer, range(1))
+    assert_identical(snapshot(net.parameters()), before)
+
+
+def hidden(net, k):
+    """Return a surrogate loss: its gradient is that of the loss, its value is 1 everywhere."""
+    loss = net_loss(net, k)
+    return torch.exp(loss - loss.detach())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"search_interval": "never"}])
+def test_a_loss_whose_value_hides_its_gradient_is_trained_on_without_probes(arguments):
+    net = make_net()
+    optimizer = ALSALS(net.parameters(), **arguments)
+    first = net_loss(net, 0).item()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = train(net, optimizer, range(200), hidden)
+    said = [str(one.message) for one in caught if "does not show its gradient" in str(one.message)]
+    assert len(said) == (0 if arguments else 1)
+    assert optimizer.search.total_probes == (0 if arguments else 30)
+    assert history[0][0] == pytest.approx(1e-4)
+    assert net_loss(net, 0).item() < 0.2 * first
+    assert set(optimizer.line_search.metrics(optimizer.search)) == {"path_slope"}
+
+
+def test_a_loss_whose_value_shows_its_gradient_is_not_taken_for_one_that_hides_it():
+    for scale in (1e-6, 1.0, 1e6):
+        net = make_net()
+        optimizer = ALSALS(net.parameters())
+        train(net, optimizer, range(3), lambda net, k, scale=scale: scale * net_loss(net, k))
+        assert not optimizer.search.is_blind
+        assert optimizer.search.is_initialized
+
+
+def test_parameters_that_share_memory_are_refused_and_stay():
+    base = torch.arange(4.0, dtype=torch.float64)
+    a, b = torch.nn.Parameter(base[:3]), torch.nn.Parameter(base[1:])
+    optimizer = ConstantALSALS([a, b])
+
+    def closure():
+        return a.pow(2).sum() + b.pow(2).sum()
+
+    loss = closure()
+    loss.backward()
+    with pytest.raises(ValueError, match="Parameters must not share memory"):
+        optimizer.step(closure, loss)
+    assert_identical(base, torch.arange(4.0, dtype=torch.float64))
+
+
+def test_parameters_side_by_side_in_one_memory_are_taken():
+    base = torch.arange(4.0, dtype=torch.float64)
+    a, b = torch.nn.Parameter(base[:2]), torch.nn.Parameter(base[2:])
+    loss = a.pow(2).sum() + b.pow(2).sum()
+    loss.backward()
+    ConstantALSALS([a, b]).step(lambda: a.pow(2).sum() + b.pow(2).sum(), loss)
+    assert not torch.equal(base, torch.arange(4.0, dtype=torch.float64))

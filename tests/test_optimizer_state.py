@@ -203,7 +203,7 @@ def test_loading_the_state_of_another_optimizer_raises():
 def test_loading_the_state_of_an_earlier_version_raises():
     state_dict = ALSALS([single([1.0])]).state_dict()
     del state_dict["param_groups"][0]["search_growth_log_size"]
-    with pytest.raises(ValueError, match="of this version of hf_alsals, got one without growth_log_size"):
+    with pytest.raises(ValueError, match="of this version of hf_alsals, got one without search_growth_log_size"):
         ALSALS([single([1.0])]).load_state_dict(state_dict)
 
 
@@ -219,3 +219,54 @@ def test_a_state_of_the_other_growth_is_refused_by_name(made, loaded):
     train(net, optimizer, range(2))
     with pytest.raises(ValueError, match=f"growth must be '{made}', as in the state_dict, got '{loaded}'"):
         ALSALS(net.parameters(), growth=loaded).load_state_dict(optimizer_state(optimizer))
+
+
+def test_a_pre_hook_that_changes_the_state_dict_changes_what_is_loaded_of_the_search():
+    net = make_net()
+    optimizer = ALSALS(net.parameters())
+    train(net, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def halve(_, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        for group in state_dict["param_groups"]:
+            group["search_step_size"] *= 0.5
+        return state_dict
+
+    other = ALSALS(make_net().parameters())
+    other.register_load_state_dict_pre_hook(halve)
+    other.load_state_dict(saved)
+    assert other.step_size == 0.5 * optimizer.step_size
+    assert other.param_groups[0]["search_step_size"] == other.step_size
+    other.load_state_dict(saved)  # and the check of the first call is gone
+    assert other.step_size == 0.5 * optimizer.step_size
+
+
+@pytest.mark.parametrize("missing", ["skipped_steps", "consecutive_skips", "search_taken", "search_direction"])
+def test_a_state_dict_that_lacks_something_is_refused_and_nothing_of_it_is_loaded(missing):
+    net = make_net()
+    optimizer = ALSALS(net.parameters())
+    train(net, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group[missing]
+    other_net = make_net()
+    other = ALSALS(other_net.parameters())
+    before = optimizer_state(other)
+    with pytest.raises(ValueError, match=f"of this version of hf_alsals, got one without {missing}"):
+        other.load_state_dict(saved)
+    assert_identical(optimizer_state(other), before)
+    assert not other.state
+
+
+def test_a_count_of_steps_that_is_a_number_is_loaded_as_torch_optim_loads_it():
+    net = make_net()
+    optimizer = ALSALS(net.parameters())
+    train(net, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = float(state["step"])
+    other_net = copy.deepcopy(net)
+    other = ALSALS(other_net.parameters())
+    other.load_state_dict(saved)
+    assert_continues_identically(net, optimizer, other_net, other, 3)

@@ -3,8 +3,10 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import hf_alsals
 
 FOLDER = Path(hf_alsals.__file__).parent
+ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER)])]
 # Numbers in, a decision out.
 LINE_SEARCH = {"checks", "growth", "acceptance", "interval", "initial_search", "line_search", "presets"}
@@ -188,3 +191,43 @@ def test_the_parts_of_the_line_search_and_the_optimizer_have_examples():
     for name in ("growth", "acceptance", "line_search", "line", "optimizer"):
         tests = doctest.DocTestFinder().find(importlib.import_module(f"hf_alsals.{name}"))
         assert any(test.examples for test in tests)
+
+
+# ---- what is packed ----
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a copy of the files of the repository, for packing writes beside them."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in ("setup.py", "setup.cfg", "MANIFEST.in", "README.md", "LICENSE", ".ruff.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("hf_alsals", "recipes", "tests"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+def files_in(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)) for path in paths}
+
+
+def setup_py(folder, *command):
+    subprocess.run([sys.executable, "setup.py", *command], cwd=folder, check=True, capture_output=True, timeout=120)
+
+
+def test_the_sdist_holds_what_its_tests_read(checkout, tmp_path):
+    expected = files_in(checkout)
+    setup_py(checkout, "sdist", "--dist-dir", str(tmp_path))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert expected <= names
+    assert archive.stat().st_size < 3e6
+
+
+def test_an_install_holds_the_package_alone(checkout, tmp_path):
+    setup_py(checkout, "build_py", "--build-lib", str(tmp_path / "installed"))
+    expected = {f"{module}.py" for module in ["__init__", *MODULES]} | {"py.typed", "report.html"}
+    assert files_in(tmp_path / "installed") == {f"hf_alsals/{name}" for name in expected}

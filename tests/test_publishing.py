@@ -123,12 +123,15 @@ peft.PeftModel.from_pretrained(base, "user/tiny")
 
 def test_pushes_while_training_tell_nothing_either(hub, tmp_path):
     flags = ["--save_steps", "2", "--hub_strategy", "all_checkpoints", "--hub_always_push"]
-    flags += ["--config_overrides", "n_layer=1,n_embd=16", "--max_train_samples", "32"]
+    flags += ["--config_overrides", "n_layer=1,n_embd=16", "--max_train_samples", "32", "--max_eval_samples", "8"]
+    flags += ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end"]
+    flags += ["--run_name", f"on {tmp_path}/data, by me", "--block_size", "64"]
     done = recipe(tmp_path, hub, "run_clm.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.repos["user/tiny"]
     assert {"checkpoint-2/training_args.bin", "checkpoint-4/optimizer.pt", "training_args.bin"} <= set(files)
     assert_nothing_private(files, tmp_path)
+    assert json.loads(files["checkpoint-4/trainer_state.json"])["best_model_checkpoint"].startswith("checkpoint-")
     assert len([commit for commit in hub.commits if "step 2" in commit[1]]) >= 1
 
 
@@ -220,6 +223,33 @@ def test_paths_are_told_from_names(tmp_path, monkeypatch):
     assert without_local_paths(nested) == {"a": ["data", 1], "b": {"c": "steps"}}
 
 
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("on /home/me/data/x, twice", "on x, twice"),
+        ("data=/home/me/data", "data=data"),
+        ("(/home/me/data/)", "(data)"),
+        ("a:/home/me/one:/srv/two/", "a:one:two"),
+        ("at ~/runs/one and file:///home/me/data", "at one and file://data"),
+        ("'/home/me/a b'", "'a b'"),
+        ("https://huggingface.co/me/model", "https://huggingface.co/me/model"),
+        ("google-bert/bert-base-cased and/or me/model", "google-bert/bert-base-cased and/or me/model"),
+        ("</s> <a/> 1/2 n / m", "</s> <a/> 1/2 n / m"),
+        (r".*\.layers\.\d+/q_proj|^/x$", r".*\.layers\.\d+/q_proj|^/x$"),
+    ],
+)
+def test_paths_in_text_are_told_from_other_slashes(text, published):
+    assert without_local_paths(text) == published
+    assert without_local_paths({"a": [(text, Path("/home/me/data"), 1)]}) == {"a": [(published, Path("data"), 1)]}
+
+
+def test_a_home_with_spaces_is_not_told(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/my own name")
+    assert without_local_paths("on /home/my own name/data/x, twice") == "on x, twice"
+    monkeypatch.setenv("HOME", "/")
+    assert without_local_paths("https://huggingface.co/x") == "https://huggingface.co/x"
+
+
 def test_the_best_checkpoint_is_named_without_its_path(tmp_path):
     trainer = AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences())
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
@@ -235,3 +265,62 @@ def test_a_base_model_on_the_hub_stays_named(tmp_path):
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
     remove_local_base_model(str(tmp_path))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_script_with_a_trainer_of_trl_pushes_with_the_name_of_its_dataset(hub, tmp_path):
+    reason = "TRL is optional: its newest release may not run on the oldest transformers"
+    pytest.importorskip("trl.trainer.sft_trainer", reason=reason)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import dataclass
+from datasets import Dataset
+from tiny_training import arguments
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
+from trl import SFTConfig, SFTTrainer
+from hf_alsals import AlsalsArgumentsMixin, AlsalsTrainerMixin
+
+@dataclass
+class Arguments(AlsalsArgumentsMixin, SFTConfig):
+    pass
+
+class Trainer(AlsalsTrainerMixin, SFTTrainer):
+    pass
+
+config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=259, n_positions=64, bos_token_id=1)
+GPT2LMHeadModel(config).save_pretrained({str(tmp_path / "base")!r})
+model = GPT2LMHeadModel.from_pretrained({str(tmp_path / "base")!r})
+texts = Dataset.from_dict({{"text": [f"line {{i}} of many" for i in range(32)]}})
+args = arguments({str(tmp_path / "mine")!r}, Arguments, hub_token={PRETEND!r}, max_length=32, bf16=False)
+tokenizer = ByT5Tokenizer(extra_ids=0)
+trainer = Trainer(model, args, train_dataset=texts, eval_dataset=texts, processing_class=tokenizer)
+trainer.train()
+trainer.evaluate()
+trainer.create_model_card(dataset_name={str(tmp_path / "data")!r})
+trainer.push_to_hub(dataset_name="me/lines")
+"""
+    )
+    done = python(tmp_path, hub.url, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = hub.repos["user/mine"]
+    assert_nothing_private(files, tmp_path)
+    card = card_of(files)
+    result = card["model-index"][0]["results"][0]
+    assert result["dataset"]["name"] == "me/lines"
+    assert {metric["type"] for metric in result["metrics"]} >= {"loss", "mean_token_accuracy"}
+    assert {"alsals", "trl", "sft"} <= set(card["tags"])
+    text = files["README.md"].decode()
+    assert "This model is a fine-tuned version of a local model on the [me/lines]" in text
+    assert "## Step size" in text
+
+
+@pytest.mark.parametrize(
+    "content", [b"# my notes\n", b"---\nfoo: [unclosed\n---\n", b"# caf\xe9\n", b"---\nbase_model: /tmp\n---\nhello\n"]
+)
+def test_saving_a_model_leaves_a_readme_alone(content, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    AlsalsTrainer(gpt2(), arguments(tmp_path), train_dataset=Sequences()).save_model()
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert (tmp_path / "model.safetensors").exists()

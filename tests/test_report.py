@@ -199,6 +199,38 @@ def test_line_profiles_are_shown_in_their_order(tmp_path):
         assert (page.pixels(name, tmp_path) == imread(tmp_path / "line_profile" / f"{name}.png")[..., :3]).all()
 
 
+def test_a_profile_that_lies_elsewhere_is_not_shown(tmp_path, caplog):
+    run = write_run(tmp_path / "run", ADAMW_LOGS)
+    (tmp_path / "run" / "line_profile").mkdir()
+    (tmp_path / "private").write_text("secret")
+    for number, target in enumerate([tmp_path / "private", tmp_path / "nowhere"]):
+        (tmp_path / "run" / "line_profile" / f"step-{number}.png").symlink_to(target)
+    page = report(run)
+    assert base64.b64encode(b"secret").decode() not in page
+    assert "Loss along the search direction" not in page
+    assert sum("is a link, or lies behind one" in message for message in caplog.messages) == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "step-1.png").write_text("secret")
+    elsewhere = write_run(tmp_path / "elsewhere", ADAMW_LOGS)
+    (tmp_path / "elsewhere" / "line_profile").symlink_to(tmp_path / "other")
+    assert "Loss along the search direction" not in report(elsewhere)
+
+
+def test_a_run_and_a_metric_of_any_name_are_drawn(tmp_path):
+    evaluations = [{"step": 20, "eval_$x_$loss": 0.5}, {"step": 40, "eval_$x_$loss": 0.25}]
+    run = write_run(tmp_path / "run_$a_$b", [*ADAMW_LOGS, *evaluations])
+    assert "$x_$loss" in report(run)
+    assert "run_$a_$b" in compare([run, run])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
+def test_results_that_cannot_be_read_are_named(content, tmp_path):
+    run = write_run(tmp_path, [*ADAMW_LOGS, END_LOG])
+    (tmp_path / "all_results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^all_results\.json in run_dir must hold names and values, that of "):
+        report(run)
+
+
 def test_a_page_asks_for_nothing_and_tells_no_path(tmp_path):
     steps = {"settings": {"optim": "alsals", "output_dir": str(tmp_path / "run"), "run_name": "<i>x</i>"}}
     failures = {"warnings": [{"step": 3, "message": "a <b>bold</b> word"}]}
@@ -250,6 +282,42 @@ def test_only_runs_that_have_ended_are_drawn_against_seconds(tmp_path):
     ]
     assert shown == [[True, True], [True, False]]
     assert "Curves against seconds" not in compare([runs[1], write_run(tmp_path / "three", ADAMW_LOGS)])
+
+
+ODD = [None, "yesterday", [None], 0]
+PLACES = [*ALSALS_LOGS[0], "entry", "log_history", "stateful_callbacks", "attributes", "train_runtime", "eval_loss"]
+PLACES += ["updated", "settings", "c", "growth_metrics", "first_step", "search_seconds", "warnings", "max_steps"]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_odd_content_is_left_out_or_named(place, odd, tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)  # hundreds of pictures
+    own = {"updated": "2024-05-06T07:08:09+00:00", "settings": {"optim": "alsals"}, "search_seconds": 1.0, "c": 0.3}
+    folder = write_run(
+        tmp_path / "run", [*ALSALS_LOGS, *EVAL_LOGS, END_LOG], StepSizeCallback=own, FailureCallback={"warnings": []}
+    )
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    callbacks = state["stateful_callbacks"]
+    if place in state:
+        state[place] = odd
+    elif place == "entry":
+        state["log_history"].insert(1, odd)
+    elif place in ("train_runtime", "eval_loss"):
+        state["log_history"][-1 if place == "train_runtime" else -2][place] = odd
+    elif place in ALSALS_LOGS[0]:
+        state["log_history"][0][place] = odd
+    elif place == "attributes":
+        callbacks["StepSizeCallback"]["attributes"] = odd
+    else:
+        callbacks["FailureCallback" if place == "warnings" else "StepSizeCallback"]["attributes"][place] = odd
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state))
+    for page in (lambda: report(folder), lambda: compare([folder, folder])):
+        try:
+            assert "</html>" in page()
+        except ValueError as error:
+            assert place in ("max_steps", "stateful_callbacks")
+            assert str(error).startswith("run_dir must be ") and repr(folder) in str(error)
 
 
 @pytest.mark.parametrize("count", [2, 10, 11, 30])

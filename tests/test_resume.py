@@ -166,6 +166,26 @@ def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(tmp_path):
     assert all(torch.equal(state[name], best[name]) for name in best)
 
 
+@pytest.mark.parametrize("optims", [("alsals", "adamw_torch"), ("adamw_torch", "adam_sls"), ("salsa", "adam_sls")])
+def test_hyperparameter_search_over_optim_is_refused_and_over_the_trainers_own_it_is_not(optims, tmp_path):
+    def search(*optims):
+        args = arguments(tmp_path, max_steps=2, optim=optims[0])
+        trainer = AlsalsTrainer(
+            None, args, model_init=lambda trial: gpt2(), train_dataset=Sequences(), eval_dataset=Sequences(4)
+        )
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: {"optim": trial.suggest_categorical("optim", optims[1:])},
+            n_trials=1,
+            backend="optuna",
+            direction="minimize",
+        )
+        return trainer.args.optim
+
+    with pytest.raises(ValueError, match=f"^hp_space must leave out optim, got '{optims[1]}' where .* '{optims[0]}':"):
+        search(*optims)
+    assert search("adamw_torch", "adafactor") == "adafactor"
+
+
 def test_hyperparameter_search_tries_line_search_options(tmp_path):
     args = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=4)
     trainer = AlsalsTrainer(

@@ -181,7 +181,11 @@ def test_a_block_size_beyond_the_model_is_refused_before_training(tmp_path, monk
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "is empty"),
-        ("short.txt", b"two\nlines\n", "the train text has fewer tokens than one block: take a smaller block_size."),
+        (
+            "short.txt",
+            b"two\nlines\n",
+            "block_size must leave the train text at least one whole block, got 64: take a sm",
+        ),
         ("latin.txt", b"caf\xe9\n" * 100, "cannot be read as text"),
         ("numbers.csv", b"a,b\n1,2\n3,4\n", "must have a column of text named text, got a, b"),
         ("empty.jsonl", b"\n", "jsonl"),
@@ -246,3 +250,121 @@ def test_an_adapter_is_trained_on_a_saved_model_and_saved_alone_or_merged(merge,
     ids = tokenizer("The value of the expression", return_tensors="pt").input_ids
     trained, untrained = (one(ids).logits for one in (model, AutoModelForCausalLM.from_pretrained(base)))
     assert not trained.allclose(untrained)
+
+
+def fails(monkeypatch, capsys, *flags):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, *flags)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_is_not_the_runs_own_stays_and_costs_it_nothing(tmp_path, monkeypatch, text_file, caplog):
+    output = tmp_path / "run_$a_$b"
+    for name in ("adapter_old", "step_size.png", "checkpoint-best"):
+        (output / name).mkdir(parents=True)
+    for name in ("model_v1.safetensors", "adapter_notes.md"):
+        (output / name).write_text("precious")
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--max_steps", 2, "--output_dir", output]
+    run(monkeypatch, *flags)
+    present = {path.name for path in output.iterdir()}
+    assert {"adapter_old", "step_size.png", "checkpoint-best", "model.safetensors", "README.md"} <= present
+    assert (output / "model_v1.safetensors").read_text() == (output / "adapter_notes.md").read_text() == "precious"
+    assert "step_size.png is not written, training goes on without it: Is a directory" in caplog.text
+
+
+def test_a_card_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, text_file, caplog):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_clm.AlsalsTrainer, "create_model_card", fail)
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--max_steps", 2, "--output_dir", tmp_path / "out"]
+    run(monkeypatch, *flags)
+    assert f"{tmp_path / 'out' / 'README.md'} is not written: No space left on device" in caplog.messages
+    assert results(tmp_path / "out")["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["README.md"],
+        ["README.md", "eval_results.json"],
+        ["README.md", "eval_results.json", "train_results.json", "all_results.json", "model.safetensors"],
+    ],
+)
+def test_a_run_killed_after_its_last_checkpoint_does_what_is_missing(missing, tmp_path, monkeypatch, text_file):
+    output = tmp_path / "out"
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--save_steps", 3, "--max_steps", 6]
+    run(monkeypatch, *flags, "--output_dir", output)
+    whole, metrics = load_file(output / "model.safetensors"), results(output)
+    for name in missing:
+        (output / name).unlink()
+    run(monkeypatch, *flags, "--output_dir", output, "--resume_from_checkpoint", "true")
+    again = load_file(output / "model.safetensors")
+    assert all(whole[name].equal(again[name]) for name in whole)
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
+    assert results(output)["eval_loss"] == metrics["eval_loss"]
+    assert results(output)["train_loss"] == metrics["train_loss"]
+    assert all((output / name).exists() for name in missing)
+    assert "probes per step" in (output / "README.md").read_text()
+
+
+def test_a_run_that_goes_on_leaves_no_results_of_fewer_steps(tmp_path, monkeypatch, text_file, capsys):
+    output = tmp_path / "out"
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--save_steps", 2, "--output_dir", output]
+    run(monkeypatch, *flags, "--max_steps", 2)
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_clm.AlsalsTrainer, "save_model", kill)  # with the first checkpoint
+        run(monkeypatch, *flags, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    assert not {"README.md", "all_results.json", "eval_results.json"} & {path.name for path in output.iterdir()}
+    run(monkeypatch, *flags, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    assert (output / "README.md").exists()
+    message = fails(monkeypatch, capsys, *flags, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    assert "holds a finished run, nothing is left to go on with" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        ("save_model", OSError(28, "No space left on device"), "cannot be read or written: No space left on device"),
+        (
+            "train",
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+            "cannot be read or written: ",
+        ),
+        ("train", ValueError("two\nlines"), "error: two lines"),
+    ],
+)
+def test_what_ends_a_training_is_said_in_one_line(method, error, message, tmp_path, monkeypatch, text_file, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(run_clm.AlsalsTrainer, method, fail)
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--max_steps", 2, "--output_dir", tmp_path / "out"]
+    assert message in fails(monkeypatch, capsys, *flags)
+
+
+def test_a_metric_that_there_is_not_is_named(tmp_path, monkeypatch, text_file, capsys):
+    flags = ["--optim", "alsals", "--train_file", text_file, *TINY, "--max_steps", 2, "--output_dir", tmp_path / "out"]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 1, "--metric_for_best_model", "f1"]
+    message = fails(monkeypatch, capsys, *flags)
+    assert "metric_for_best_model" in message and "'eval_f1'" in message and "eval_accuracy" in message
+
+
+def test_an_adapter_goes_on_as_the_adapter_that_it_was(tmp_path, monkeypatch, text_file, capsys):
+    base = tmp_path / "base"
+    data = ["--train_file", text_file, "--block_size", 64, "--use_cpu", "--disable_tqdm", "true"]
+    run(monkeypatch, "--optim", "alsals", *data, *TINY, "--max_steps", 1, "--output_dir", base)
+    flags = ["--optim", "alsals", "--model_name_or_path", base, *data, "--save_steps", 1]
+    run(monkeypatch, *flags, "--use_peft", "--lora_r", 2, "--max_steps", 2, "--output_dir", tmp_path / "lora")
+    flags += ["--max_steps", 3, "--resume_from_checkpoint", tmp_path / "lora" / "checkpoint-2"]
+    for number, other in enumerate((["--use_peft", "--lora_r", 4], [])):
+        message = fails(monkeypatch, capsys, *flags, *other, "--output_dir", tmp_path / str(number))
+        assert "resume_from_checkpoint must be a checkpoint of this model, but " in message
+        assert len(message) < 500
+    run(monkeypatch, *flags, "--use_peft", "--lora_r", 2, "--output_dir", tmp_path / "on")
+    assert json.loads((tmp_path / "on" / "trainer_state.json").read_text())["global_step"] == 3

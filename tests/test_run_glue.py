@@ -339,6 +339,7 @@ def test_a_bad_flag_is_named_in_the_last_line(flags, message, capsys, tmp_path, 
         (None, "a,b,c,label\nx,y,z,0\n", "must have one or two columns of text, got a, b, c"),
         (None, "a,b\nx,y\n", "the train data must have a column label, got a, b"),
         (None, "a,label\nx,1\ny,1\n", "must hold two labels or more, got only '1'"),
+        (None, "a,label,label\nx,1,0\ny,0,1\n", "train.csv cannot be read as csv: it has the column label twice."),
         (None, "a,label\nx,1\ny,\n", "must have no empty cell"),
         (None, 'a,label\n"x,1\n', "cannot be read as csv"),
         ("sst2", "text,label\nx,1\n", "the train data must have a column sentence, got text, label"),
@@ -367,3 +368,38 @@ def test_a_validation_label_that_was_not_trained_is_refused(tmp_path, monkeypatc
     validation = write(tmp_path / "validation.csv", [{"text": "x", "label": "c"}])
     message = fails(monkeypatch, capsys, "--train_file", train, "--validation_file", validation, *TINY)
     assert "the column label of the validation data must hold a, b, got 'c'." in message
+
+
+@pytest.mark.parametrize("gap", ["nan", "NA", "n/a", "null", "none", "?", "good"])
+def test_a_regression_with_a_gap_is_no_classification(gap, tmp_path, monkeypatch, capsys):
+    labels = ["0.5", "1.5", gap, "2", "3.5", "1e-1"]
+    train = write(tmp_path / "train.csv", [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
+    message = fails(monkeypatch, capsys, "--train_file", train, *TINY, "--output_dir", tmp_path / "out")
+    assert f"the column label of the train data must hold either numbers or names, got {gap!r} in row 2." in message
+
+
+@pytest.mark.parametrize(
+    ("column", "is_refused"),
+    [
+        (["0", "1", "NA"], True),
+        (["2020", "politics"], False),
+        (["none", "some"], False),
+        ([0, 1], False),
+        (["1.5 stars", "2 stars"], False),
+        (["v1.5", "1.5"], True),
+    ],
+)
+def test_names_may_be_numbers_or_look_like_gaps(column, is_refused):
+    if is_refused:
+        with pytest.raises(ValueError, match="must hold either numbers or names"):
+            run_glue.check_kinds("train", column)
+    else:
+        run_glue.check_kinds("train", column)
+
+
+def test_the_metric_is_that_of_this_folder_online_too(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    loaded = []
+    monkeypatch.setattr("evaluate.load", lambda path, *args, **kwargs: loaded.append(path))
+    run_glue.load_metric("rte", None)
+    assert loaded == [str(RECIPE.parent / "glue_metric.py")]

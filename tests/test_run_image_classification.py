@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import recipe
 import run_image_classification
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as DatasetImage
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
@@ -244,3 +246,41 @@ def test_labels_that_were_not_trained_on_are_refused(tmp_path, monkeypatch, caps
         run(monkeypatch, "--train_file", train, "--validation_file", validation, *TINY, "--output_dir", tmp_path / "o")
     message = "the validation data has the label '7', the training data 1, 2, 3."
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_labels_named_are_those_that_were_trained_on(tmp_path, monkeypatch, capsys):
+    # The names of a data set may be more than its training images have.
+    labels = ClassLabel(names=["a", "b", "c"])
+    features = Features({"image": DatasetImage(), "label": labels})
+    images, _ = digit_images(3)
+    files = []
+    for split, numbers in (("train", [0, 1, 1]), ("validation", [0, 1, 2])):
+        path = tmp_path / f"{split}.parquet"
+        Dataset.from_dict({"image": images, "label": numbers}, features).to_parquet(path)
+        files += [f"--{split}_file", path]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *files, *TINY, "--output_dir", tmp_path / "out")
+    message = "the validation data has the label 'c', the training data a, b."
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", ["half", "text", "none"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(content, workers, tmp_path, monkeypatch, capfd):
+    folder = write_folder(tmp_path / "train", 12)
+    path = next(folder.rglob("*.png"))
+    whole = path.read_bytes()
+    path.write_bytes({"half": whole[: len(whole) // 2], "text": b"no image at all", "none": b""}[content])
+    flags = ["--train_dir", folder, "--validation_dir", folder, *TINY, "--num_train_epochs", 1]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags, "--dataloader_num_workers", workers, "--output_dir", tmp_path / "out")
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"error: the image {path} cannot be read: " in last
+
+
+def test_an_image_of_more_than_8_bits_is_refused_with_its_mode(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)).save(path)
+    message = rf"^the image {re.escape(str(path))} cannot be read: its mode is I(;16)?, with values above 255: save"
+    with pytest.raises(ValueError, match=message):
+        run_image_classification.open_image({"path": str(path), "bytes": None}, 0)

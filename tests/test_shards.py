@@ -5,7 +5,16 @@ import torch
 from small_problems import DTYPES, single
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from hf_alsals.shards import cut, grad_of, local_shard, nonfinite_flag, piece_size, sum_over_shards, to_floats
+from hf_alsals.shards import (
+    cut,
+    grad_of,
+    local_shard,
+    nonfinite_flag,
+    overlapping,
+    piece_size,
+    sum_over_shards,
+    to_floats,
+)
 
 
 def with_grad(grad):
@@ -149,3 +158,23 @@ def test_numbers_alone_are_not_read_from_anywhere():
         assert to_floats([1, 2.5]) == [1.0, 2.5]
         assert to_floats([]) == []
     assert reads.count == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (lambda t: [t[:4], t[4:]], [False, False]),
+        (lambda t: [t[:5], t[4:]], [True, True]),
+        (lambda t: [t[4:], t[:5]], [True, True]),
+        (lambda t: [t, t], [True, True]),
+        (lambda t: [t[:2], t, t[6:8]], [True, True, True]),
+        (lambda t: [t[:2], t[2:4], t[3:5], t[6:]], [False, True, True, False]),
+        (lambda t: [t[0].expand(3)], [True]),
+        (lambda t: [t[::2], t[1::2]], [True, True]),  # gaps count
+        (lambda t: [t.view(2, 4).t(), torch.zeros(3)], [False, False]),
+        (lambda t: [t[:0], t[:0], t], [False, False, False]),
+        (lambda t: [], []),
+    ],
+)
+def test_tensors_that_share_memory_are_found(tensors, expected):
+    assert overlapping(tensors(torch.arange(8.0))) == expected

@@ -24,7 +24,7 @@ def load(name):
 
 study = load("study")  # the others import it
 slope, batch_noise, irregular_landscape = load("slope"), load("batch_noise"), load("irregular_landscape")
-directions = load("directions")
+directions, surrogate = load("directions"), load("surrogate")
 
 
 def run(module, monkeypatch, folder, *flags):
@@ -33,7 +33,7 @@ def run(module, monkeypatch, folder, *flags):
     return json.loads(folder.joinpath(f"{module.__name__}.json").read_text())
 
 
-STUDIED = (slope, batch_noise, irregular_landscape, directions)
+STUDIED = (slope, batch_noise, irregular_landscape, directions, surrogate)
 
 
 @pytest.mark.parametrize("module", STUDIED, ids=lambda module: module.__name__)
@@ -205,3 +205,21 @@ def test_directions_runs_every_setting(monkeypatch, tmp_path, capsys):
     assert len(table.splitlines()) == 2 + len(directions.OPTIMIZERS)
     assert len(report["runs"]) == sum(1 + len(rates) for _, rates in directions.OPTIMIZERS.values())
     assert tmp_path.joinpath("directions.png").stat().st_size > 10_000
+
+
+def test_surrogate_runs_every_setting(monkeypatch, tmp_path, capsys):
+    reason = "TRL is optional: its newest release may not run on the oldest transformers"
+    pytest.importorskip("trl.trainer.grpo_trainer", reason=reason)
+    monkeypatch.setattr(surrogate, "LEARNING_RATES", (1e-3,))
+    report = run(surrogate, monkeypatch, tmp_path, "--steps", "5", "--seeds", "1")
+    table = surrogate.table(report)
+    assert capsys.readouterr().out.strip().endswith(table)
+    assert len(report["runs"]) == 2 * len(surrogate.SETTINGS)
+    assert tmp_path.joinpath("surrogate.png").stat().st_size > 10_000
+    blind = {one["setting"]: one["is_blind"] for one in report["runs"] if one["learning_rate"] is None}
+    assert blind["GRPO"] and not blind["RLOO"]
+
+
+def test_the_reward_counts_words_in_order():
+    assert surrogate.count_of_pairs([[5, 6, 7, 9], [5], [9, 8]]) == [2.0, 0.0, 0.0]
+    assert surrogate.sequences((1, 3), 3)[:2] == [[0, 1, 2], [0, 3, 6]]

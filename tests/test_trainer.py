@@ -126,10 +126,10 @@ def test_the_closure_is_set_once_in_a_training(accumulation, tmp_path):
     trainer = AlsalsTrainer(model, args, train_dataset=Sequences(), optimizers=(optimizer, None))
     trainer.train()
     assert trainer.state.global_step == 6
-    assert closures == [(trainer.loss_replay, None)]
+    assert closures[1:] == [(trainer.loss_replay, None)]  # after what stands for it before the first step
     trainer.train()  # another training has another closure
-    assert closures[1:] == [(trainer.loss_replay, None)]
-    assert closures[0][0] is not trainer.loss_replay
+    assert closures[2:] == [(trainer.loss_replay, None)]
+    assert closures[1][0] is not trainer.loss_replay
 
 
 def test_weight_decay_skips_biases_and_norms_as_in_the_trainer(tmp_path):
@@ -250,6 +250,23 @@ def test_a_training_step_that_cannot_be_repeated_is_refused(tmp_path):
         Ours(gpt2(), arguments(tmp_path), train_dataset=Sequences()).train()
 
 
+def test_a_training_step_that_leaves_out_the_mixins_is_named_with_what_it_must_call(tmp_path):
+    class Own(AlsalsTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+    class Ours(Own):
+        pass
+
+    message = (
+        r"^The training_step of Own must call super\(\).training_step\(\), .*self.compute_loss and self.accelerator"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        Ours(gpt2(), arguments(tmp_path), train_dataset=Sequences()).train()
+
+
 def test_what_compute_loss_logs_is_logged_once(tmp_path):
     class Logging(AlsalsTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -302,7 +319,7 @@ def test_a_probe_computes_the_loss_of_as_many_micro_batches_as_asked_for(tmp_pat
         calls = 0
 
         def compute_loss(self, *args, **kwargs):
-            self.calls += 1
+            Counting.calls += 1  # a probe leaves the numbers of the trainer itself as they were
             return super().compute_loss(*args, **kwargs)
 
     for name, probed in (("", 4), (",probe_micro_batches=1", 1)):
@@ -310,5 +327,24 @@ def test_a_probe_computes_the_loss_of_as_many_micro_batches_as_asked_for(tmp_pat
         args = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=3, optim_args=optim_args)
         trainer = Counting(gpt2(), args, train_dataset=Sequences())
         trainer.remove_callback(FailureCallback)  # which probes once more
+        Counting.calls = 0
         trainer.train()
-        assert trainer.calls == 3 * 4 + probed * trainer.alsals.search.total_probes
+        assert Counting.calls == 3 * 4 + probed * trainer.alsals.search.total_probes
+
+
+@pytest.mark.parametrize("scale", [10.0, 0.5])
+def test_a_training_step_that_scales_its_loss_is_refused_with_both_values(scale, tmp_path):
+    class Scaling(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(scale * loss)
+            return loss.detach()
+
+    class Ours(AlsalsTrainerMixin, Scaling):
+        pass
+
+    trainer = Ours(gpt2(), arguments(tmp_path), train_dataset=Sequences())
+    before = weights(trainer).clone()
+    with pytest.raises(RuntimeError, match="training_step of Ours must give"):
+        trainer.train()
+    assert torch.equal(weights(trainer), before)

@@ -149,12 +149,13 @@ def test_adam_sls_has_no_momentum_unless_asked_for(tmp_path):
         ("growth_factor=0.9", "growth_factor must be a finite number of at least 1, got 0.9"),
         ("decrease_factor=0", r"decrease_factor must be a number in \(0, 1\), got 0"),
         ("initial_step_size=inf", "initial_step_size must be a positive finite number, got inf"),
-        ("search_interval=often", "search_interval must be at least 1 or \"adaptive\", got 'often'"),
-        ("search_interval=1.5", 'search_interval must be an int or "adaptive", got 1.5'),
+        ("search_interval=often", 'search_interval must be at least 1, "adaptive" or "never", got \'often\''),
+        ("search_interval=1.5", 'search_interval must be an int, "adaptive" or "never", got 1.5'),
         ("search_interval=0", "search_interval must be at least 1"),
         ("growth=fast", "growth must be one of path, constant, got 'fast'"),
         ("slope=steep", "slope must be one of exact, preconditioned, finite_difference, got 'steep'"),
         ("lr=0.5", "unknown key 'lr'"),
+        ("c=0.5, c=0.7", "must have every name once, got c twice in 'c=0.5, c=0.7'"),
         ("c:0.5", "must look like \"c=0.5,growth_factor=1.02\", got 'c:0.5'"),
     ],
 )
@@ -202,7 +203,9 @@ def test_probe_micro_batches_are_no_business_of_the_optimizer(tmp_path):
     args = AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args="probe_micro_batches=2,c=0.4")
     assert args.probe_micro_batches == 2
     assert "probe_micro_batches" not in args.alsals_kwargs()
-    assert AlsalsTrainingArguments(str(tmp_path), optim="alsals").probe_micro_batches is None
+    for optim_args in (None, "probe_micro_batches=all"):
+        args = AlsalsTrainingArguments(str(tmp_path), optim="alsals", optim_args=optim_args)
+        assert args.probe_micro_batches is None and "probe_micro_batches" not in args.alsals_kwargs()
     other = AlsalsTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="anything")
     assert other.probe_micro_batches is None
 
