@@ -170,7 +170,7 @@ class PathGrowth:
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all of `p` is small.
     `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
-    and the exponent is `ramp` times as large until a path slope is negative or the step size is at `ramp_end`.
+    the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.
@@ -199,7 +199,7 @@ class PathGrowth:
     decay: ClassVar[float] = 0.9
     least_path_size: ClassVar[float] = 0.1
     ramp: ClassVar[float] = 6.0
-    ramp_end: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
+    largest_unsearched: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
 
     growth_factor: float = 1.03
 
@@ -239,9 +239,10 @@ class PathGrowth:
         exponent = state.path_slope + self.overshoot
         if exponent > 0:
             exponent *= min(1.0, state.path_size / self.least_path_size)
-        if not is_searched and not state.has_overshot and step_size < self.ramp_end:
+        if not is_searched and not state.has_overshot:
             exponent *= self.ramp
-        return state, step_size * self.growth_factor**exponent
+        grown = step_size * self.growth_factor**exponent
+        return state, grown if is_searched else min(grown, max(step_size, self.largest_unsearched))
 
     def start(self, state: PathGrowthState, step_size: float) -> float:
         """Return the step size that a search probes first: the one that it has come to."""

@@ -143,10 +143,12 @@ def test_without_searches_it_grows_six_times_as_fast_until_a_path_slope_is_negat
         assert step_size == pytest.approx(before * 1.03 ** (faster * (state.path_slope + 0.3)))
 
 
-def test_without_searches_it_grows_as_ever_from_a_hundredth_on():
+@pytest.mark.parametrize(("before", "after"), [(9.9e-3, 0.01), (0.01, 0.01), (0.5, 0.5)])
+def test_without_searches_it_grows_to_a_hundredth_at_most(before, after):
     growth = PathGrowth()
-    _, step_size = growth.follow(growth.init(0.01), 0.01, 1.0, is_searched=False)
-    assert step_size == pytest.approx(0.01 * 1.03**1.3)
+    state, step_size = growth.follow(growth.init(before), before, 1.0, is_searched=False)
+    assert step_size == after
+    assert growth.follow(state, step_size, -100.0, is_searched=False)[1] < after
 
 
 @pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])

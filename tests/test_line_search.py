@@ -282,7 +282,7 @@ def test_where_the_first_search_finds_a_hidden_gradient_the_path_alone_moves_the
     assert searching.state.is_blind
     step_size = 1e-4
     for _ in range(30):  # many intervals
-        step_size *= 1.2 ** (1.3 * (6 if step_size < 0.01 else 1))
+        step_size = min(step_size * 1.2 ** (6 * 1.3), 0.01)
         assert searching.skip(path_slope=2.0) == pytest.approx(step_size)
     assert searching.line_search.metrics(searching.state) == {"path_slope": 1.0}
 
