@@ -8,6 +8,7 @@ by `alsals` and by AdamW at each of four learning rates. It needs `pip install t
 
 import contextlib
 import functools
+import io
 import os
 import statistics
 import tempfile
@@ -122,7 +123,7 @@ def trainer_of(setting: str, learning_rate: float | None, seed: int, steps: int,
 
 def run(setting: str, learning_rate: float | None, seed: int, steps: int) -> dict[str, Any]:
     """Train once, and return the reward or accuracy on the way and, for `alsals`, what the search did."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None), warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_of(setting, learning_rate, seed, steps, folder)
         trainer.train()
