@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from .plain_state import plain_values
+from .plain_state import PLAIN
 from .shards import local_shard
 
 # A module and the name of a buffer, a frozen parameter, another tensor or a number or text of it.
@@ -27,13 +27,18 @@ def marks(model: nn.Module) -> dict[Slot, Any]:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             continue
-        found |= {(module, name): value for name, value in plain_values(module).items()}
-        tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        tensors |= dict(module.named_buffers(recurse=False))
-        if has_frozen:
-            frozen = module.named_parameters(recurse=False)
-            tensors |= {name: value for name, value in frozen if not value.requires_grad}
-        found |= {(module, name): _mark(value) for name, value in tensors.items()}
+        # Once before and once after every forward pass, so from the dictionaries: the public iterators are slow.
+        for name, value in module.__dict__.items():
+            if type(value) in PLAIN:
+                found[module, name] = value
+            elif not isinstance(value, dict) and isinstance(value, Tensor):
+                found[module, name] = _mark(value)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found[module, name] = _mark(buffer)
+        for name, p in module._parameters.items() if has_frozen else ():
+            if p is not None and not p.requires_grad:
+                found[module, name] = _mark(p)
     return found
 
 

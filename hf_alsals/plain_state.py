@@ -8,6 +8,8 @@ from torch import Tensor
 # An attribute with more values is data, such as a list of examples, and no state.
 MOST_VALUES = 10_000
 
+PLAIN = (int, bool, float, str, type(None))
+
 
 def plain_values(owner: Any) -> dict[str, Any]:
     """Return the attributes of an object that are numbers, texts or `None`.
@@ -15,7 +17,7 @@ def plain_values(owner: Any) -> dict[str, Any]:
     Args:
         owner (`Any`): The object, with a `__dict__`.
     """
-    return {name: value for name, value in vars(owner).items() if isinstance(value, (int, float, str, type(None)))}
+    return {name: value for name, value in vars(owner).items() if isinstance(value, PLAIN)}
 
 
 class PlainState:
