@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .shards import cut, grad_of, is_dense, local_shard, overlapping, piece_size, sum_over_shards
 
@@ -26,6 +27,7 @@ class Chunk:
         buffers (`dict[str, list[Tensor]]`): The pieces of each state tensor, by its name.
         steps (`list[float]`): How many updates each piece has seen, this one included.
         multipliers (`list[float]`): The multiplier of the step size of each piece.
+        is_grad_free (`list[bool]`): Whether the start of each piece may be saved in the memory of its gradient.
         starts (`list[Tensor]`): Where the pieces were at `save`; empty before.
     """
 
@@ -36,6 +38,7 @@ class Chunk:
     buffers: dict[str, list[Tensor]] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     multipliers: list[float] = field(default_factory=list)
+    is_grad_free: list[bool] = field(default_factory=list)
     starts: list[Tensor] = field(default_factory=list)
 
     def grads_like(self, buffers: list[Tensor]) -> list[Tensor]:
@@ -46,7 +49,8 @@ class Chunk:
 class Direction:
     """The direction `d` of an optimizer step: weights move along `-d`, whose slope is `<g, d>`.
 
-    Creating one changes nothing. `update` updates the state from the gradients, and all else comes after it. A
+    Creating one changes nothing. `update` updates the state from the gradients, and all else comes after it, but for
+    `step`, which also does both at once, in fewer passes over memory. A
     subclass names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the
     direction
     is (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or
@@ -78,6 +82,7 @@ class Direction:
         self.params: list[Tensor] = [p for group in param_groups for p in group["params"] if p.grad is not None]
         self.multipliers: dict[Tensor, float] = {}
         self._chunks: list[list[Chunk]] = []
+        self._moved: tuple[float, list[int]] | None = None
         if any(grad_of(p).is_sparse for p in self.params):
             raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
 
@@ -107,6 +112,11 @@ class Direction:
         """Whether `save` has noted where the parameters are."""
         return any(chunk.starts for chunk in self._all_chunks())
 
+    @property
+    def is_updated(self) -> bool:
+        """Whether `update` has updated the state."""
+        return bool(self._chunks)
+
     @torch.no_grad()
     def update(self) -> None:
         """Update the state from the gradients."""
@@ -118,6 +128,36 @@ class Direction:
             if chunks:
                 self._chunks.append(chunks)
 
+    def update_and_move(self, group: dict[str, Any], params: list[Tensor], step_size: float, decay: float) -> None:
+        """Update the state of some parameters and move them, as a step without a search does.
+
+        Args:
+            group (`dict`): Their parameter group.
+            params (`list[Tensor]`): Parameters with gradients.
+            step_size (`float`): The step size times the learning rate.
+            decay (`float`): The share of the weights that weight decay takes.
+        """
+        for chunk in self._cut(group, params):
+            self.accumulate(chunk)
+            self._move(chunk, step_size, decay)
+
+    def update_save_and_move(self, chunk: Chunk, step_size: float, momentum: bool) -> list[Tensor]:
+        """Update the state of a chunk, save where it is and move it, as the first probe of a search does.
+
+        Args:
+            chunk (`Chunk`): The chunk.
+            step_size (`float`): The step size, without a learning rate.
+            momentum (`bool`): As `slope` takes it.
+
+        Returns:
+            `list[Tensor]`: The part of `<g, d>` of each of its pieces, a scalar.
+        """
+        self.accumulate(chunk)
+        products = self._products(chunk, momentum)
+        self.save_chunk(chunk)
+        self._move(chunk, step_size, decay=0.0)
+        return products
+
     def slope(self, momentum: bool = True) -> list[Tensor]:
         """Return the parts of `<g, d>`, a scalar for each parameter group that has gradients.
 
@@ -125,7 +165,10 @@ class Direction:
             momentum (`bool`, defaults to `True`): Whether the momentum of earlier gradients is part of `d`; without,
                 it is the preconditioned slope of arXiv 2407.20650.
         """
-        return [self._inner_product(chunks, momentum) for chunks in self._chunks]
+        return [
+            self._sum([product for chunk in chunks for product in self._products(chunk, momentum)], chunks)
+            for chunks in self._chunks
+        ]
 
     @torch.no_grad()
     def save(self, keep_grads: bool = False) -> None:
@@ -138,20 +181,39 @@ class Direction:
         Raises:
             ValueError: If two parameters share memory.
         """
-        chunks = self._all_chunks()
-        if any(shared and is_dense(p) for p, shared in zip(self._locals(), overlapping(self._locals()))):
-            raise ValueError(
-                "Parameters must not share memory, as overlapping views of one tensor do: make them one parameter."
-            )
-        # Gradients of a sum may be one and the same tensor, or an expanded one.
-        shares = iter(overlapping([grad for chunk in chunks for grad in chunk.grads]))
-        for p in () if keep_grads else self.params:
-            p.grad = None  # before the copy: an interrupt must not leave weights there
-        for chunk in chunks:
-            chunk.starts = [
-                p.clone() if next(shares) or keep_grads or grad.dtype != p.dtype else grad.copy_(p)
-                for grad, p in zip(chunk.grads, chunk.params)
-            ]
+        self._refuse_shared_memory()
+        self._begin_saving(keep_grads)
+        for chunk in self._all_chunks():
+            self.save_chunk(chunk)
+
+    @torch.no_grad()
+    @record_function("ALSALS.first_move")
+    def first_move(self, step_size: float, momentum: bool = True) -> list[Tensor]:
+        """Do `update`, `slope`, `save` and `move` in fewer passes over memory.
+
+        Args:
+            step_size (`float`): The step size to move to, before the learning rates of the groups.
+            momentum (`bool`, defaults to `True`): As `slope` takes it.
+
+        Returns:
+            `list[Tensor]`: What `slope` returns.
+
+        Raises:
+            ValueError: If two parameters share memory.
+        """
+        self._refuse_shared_memory()
+        for group in self.param_groups:
+            if chunks := self._cut(group, [p for p in group["params"] if p.grad is not None]):
+                self._chunks.append(chunks)
+        self._begin_saving()
+        slopes = []
+        for chunks in self._chunks:
+            products = []
+            for chunk in chunks:
+                products += self.update_save_and_move(chunk, step_size, momentum)
+            slopes.append(self._sum(products, chunks))
+        self._moved = step_size, self._versions()
+        return slopes
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -161,6 +223,7 @@ class Direction:
                 torch._foreach_copy_(chunk.params, chunk.starts)
 
     @torch.no_grad()
+    @record_function("ALSALS.move")
     def move(self, step_size: float) -> None:
         """Move the parameters to `w - step_size * d`, from where they were at `save` or, without one, are.
 
@@ -169,17 +232,53 @@ class Direction:
         """
         for chunk in self._all_chunks():
             self._move(chunk, step_size, decay=0.0)
+        self._moved = step_size, self._versions()
 
     @torch.no_grad()
+    @record_function("ALSALS.step_direction")
     def step(self, step_size: float) -> None:
         """Take the optimizer step: `step_size` times each group's `lr`, with its decoupled weight decay.
+
+        Without an `update` before it does that too.
 
         Args:
             step_size (`float`): The step size, before the learning rates of the groups.
         """
-        for chunk in self._all_chunks():
-            scaled = float(chunk.group["lr"]) * step_size
-            self._move(chunk, scaled, decay=scaled * chunk.group["weight_decay"])
+        if self.is_updated:
+            if not self._is_there(step_size):
+                for chunk in self._all_chunks():
+                    self._move(chunk, *self._scaled(chunk.group, step_size))
+        else:
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                self.update_and_move(group, params, *self._scaled(group, step_size))
+
+    def advance(self, p: Tensor) -> float:
+        """Count an update of a parameter, whose state is made at the first one, and return how many there were."""
+        state = self.state[p]
+        if "step" not in state:
+            dtype = state_dtype(p)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)  # whatever the default dtype is
+            for name in self.buffer_names:
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        state["step"] += 1
+        return state["step"].item()
+
+    def _is_there(self, step_size: float) -> bool:
+        """Return whether the last move from the start was that of a step; a forward pass may have changed weights."""
+        if self._moved is None or not self.is_saved:
+            return False
+        moved, versions = self._moved
+        steps = (self._scaled(group, step_size) for group in self.param_groups)
+        return all(step == (moved, 0.0) for step in steps) and versions == self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._locals()]  # counts changes in place
+
+    @staticmethod
+    def _scaled(group: dict[str, Any], step_size: float) -> tuple[float, float]:
+        scaled = float(group["lr"]) * step_size
+        return scaled, scaled * group["weight_decay"]
 
     def _locals(self) -> list[Tensor]:
         return [local_shard(p) for p in self.params]
@@ -191,15 +290,8 @@ class Direction:
         chunks: list[Chunk] = []
         size = 0
         for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                dtype = state_dtype(p)
-                state["step"] = torch.tensor(0.0, dtype=torch.float32)  # whatever the default dtype is
-                for name in self.buffer_names:
-                    state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["step"] += 1
-            step = state["step"].item()
-            for piece, grad, *buffers in cut(p, grad_of(p), *(state[name] for name in self.buffer_names)):
+            step = self.advance(p)
+            for piece, grad, *buffers in cut(p, grad_of(p), *(self.state[p][name] for name in self.buffer_names)):
                 size += piece.numel()
                 if not chunks or (size > piece_size(p) and chunks[-1].params):
                     chunks.append(Chunk(group, buffers={name: [] for name in self.buffer_names}))
@@ -214,16 +306,45 @@ class Direction:
                     chunk.buffers[name].append(buffer)
         return chunks
 
-    def _inner_product(self, chunks: list[Chunk], momentum: bool) -> Tensor:
-        products: list[Tensor] = []
-        for chunk in chunks:
-            tensors = self.tensors(chunk, momentum)
-            for grad, tensor, divisor, multiplier in zip(
-                chunk.grads_like(tensors), tensors, self.divisors(chunk, momentum), chunk.multipliers
-            ):
-                product = torch.dot(grad.flatten(), tensor.flatten()) / divisor
-                products.append(product if multiplier == 1.0 else product * multiplier)
+    def _products(self, chunk: Chunk, momentum: bool) -> list[Tensor]:
+        tensors = self.tensors(chunk, momentum)
+        products = []
+        for grad, tensor, divisor, multiplier in zip(
+            chunk.grads_like(tensors), tensors, self.divisors(chunk, momentum), chunk.multipliers
+        ):
+            product = torch.dot(grad.flatten(), tensor.flatten()) / divisor
+            products.append(product if multiplier == 1.0 else product * multiplier)
+        return products
+
+    @staticmethod
+    def _sum(products: list[Tensor], chunks: list[Chunk]) -> Tensor:
         return sum_over_shards(products, [owner for chunk in chunks for owner in chunk.owners])
+
+    def _refuse_shared_memory(self) -> None:
+        if any(shared and is_dense(p) for p, shared in zip(self._locals(), overlapping(self._locals()))):
+            raise ValueError(
+                "Parameters must not share memory, as overlapping views of one tensor do: make them one parameter."
+            )
+
+    def _begin_saving(self, keep_grads: bool = False) -> None:
+        """Note which gradients leave their memory to the saved parameters, and let go of them."""
+        # Gradients of a sum may be one and the same tensor, or an expanded one.
+        shares = iter(overlapping([grad for chunk in self._all_chunks() for grad in chunk.grads]))
+        for chunk in self._all_chunks():
+            chunk.is_grad_free = [
+                not next(shares) and not keep_grads and grad.dtype == p.dtype
+                for grad, p in zip(chunk.grads, chunk.params)
+            ]
+        for p in () if keep_grads else self.params:
+            p.grad = None  # before the copies: an interrupt must not leave weights there
+
+    @staticmethod
+    def save_chunk(chunk: Chunk) -> None:
+        """Save where a chunk is, in the memory of its gradients where that is free."""
+        chunk.starts = [
+            grad.copy_(p) if is_free else p.clone()
+            for grad, p, is_free in zip(chunk.grads, chunk.params, chunk.is_grad_free)
+        ]
 
     def _move(self, chunk: Chunk, step_size: float, decay: float) -> None:
         if chunk.starts:

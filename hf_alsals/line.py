@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .direction import Direction
 from .shards import to_floats
@@ -20,8 +21,8 @@ class Line:
     As a context manager it puts the parameters back, to the bit, if anything raises.
 
     Args:
-        direction (`Direction`): The direction, after its `update`. The first probe saves where its parameters are,
-            unless they were saved before; their gradients are gone then.
+        direction (`Direction`): The direction, which is updated once a slope or probe is asked for. The first probe
+            saves where its parameters are, unless they were saved before; their gradients are gone then.
         closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
         loss (`float`): The loss at step size 0.
         clip_coef (`float`, defaults to 1.0): What clipping multiplied the gradients by; the slope is divided by it.
@@ -36,7 +37,6 @@ class Line:
         >>> (w**2).sum().backward()
         >>> groups = [{"params": [w], "lr": 1.0, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0}]
         >>> direction = AdamDirection(groups, {w: {}})
-        >>> direction.update()
         >>> with torch.no_grad(), Line(direction, lambda: (w**2).sum(), loss=9.0) as line:
         ...     round(line.slope, 3), line.probe(1.0), line.move(0.5)  # the first step of Adam is along the sign
         (6.0, 4.0, None)
@@ -57,6 +57,7 @@ class Line:
         self.loss = loss
         self._clip_coef = clip_coef
         self._slope_method = slope
+        self._slopes: list[Tensor] = []
         self._measured_slope: float | None = None
 
     @property
@@ -76,13 +77,21 @@ class Line:
             TypeError: If the closure does not return a tensor or a number.
             ValueError: If it returns a tensor of more than one element.
         """
-        if not self.direction.is_saved:
-            if self._slope_method != "finite_difference":
+        if self._slope_method == "finite_difference":
+            _ = self.slope
+        if not self.direction.is_updated:
+            self._slopes = self.direction.first_move(step_size, momentum=self._slope_method == "exact")
+        else:
+            if not self.direction.is_saved:
                 _ = self.slope  # it needs the gradients, whose memory save takes
-            self.direction.save()
-        self.direction.move(step_size)
+                self.direction.save()
+            self.direction.move(step_size)
+        return self._loss_there()
+
+    def _loss_there(self) -> float:
         torch.clear_autocast_cache()  # within an outer autocast it holds the weights of the training forward pass
-        loss = self.closure()
+        with record_function("ALSALS.probe"):
+            loss = self.closure()
         check_loss(loss)
         (number,) = to_floats([loss])
         return number
@@ -96,10 +105,16 @@ class Line:
         self.direction.step(step_size)
 
     def _measure_slope(self) -> float:
+        if not self.direction.is_updated:
+            self.direction.update()
         if self._slope_method == "finite_difference":
+            if not self.direction.is_saved:
+                self.direction.save()
             step_size = max(torch.finfo(p.dtype).eps for p in self.direction.params) ** 0.5
-            return (self.loss - self.probe(step_size)) / step_size
-        return sum(to_floats(self.direction.slope(momentum=self._slope_method == "exact"))) / self._clip_coef
+            self.direction.move(step_size)
+            return (self.loss - self._loss_there()) / step_size
+        slopes = self._slopes or self.direction.slope(momentum=self._slope_method == "exact")
+        return sum(to_floats(slopes)) / self._clip_coef
 
     def __enter__(self) -> "Line":
         return self

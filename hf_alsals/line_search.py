@@ -284,11 +284,12 @@ class LineSearch:
         return not (state.is_blind or isinstance(self.interval, Never))
 
     def _backtrack(self, state: SearchState, line: SearchLine) -> SearchState:
-        loss, slope = line.loss, line.slope
+        loss = line.loss
         start = step_size = self.growth.start(state.growth, state.step_size)
         probes, nonfinite_probes, reduction = 0, 0, math.nan
         while True:
             last_reduction, reduction = reduction, loss - line.probe(step_size)
+            slope = line.slope  # after the first probe, which measures it in passing
             probes += 1
             nonfinite_probes += not math.isfinite(reduction)
             acceptance = self.acceptance.update(state.acceptance, step_size, slope, reduction)

@@ -60,11 +60,13 @@ class Pending(NamedTuple):
         closure (`Callable[[], Tensor]` or `ReplayedLoss`, *optional*): The closure.
         loss (`Tensor` or `float`, *optional*): The loss that the gradients came from, if a plain closure came with it.
         clip_coef (`Tensor` or `float`, defaults to 1.0): What clipping multiplied the gradients by.
+        total_norm (`Tensor`, *optional*): The norm of all gradients before clipping.
     """
 
     closure: Closure | ReplayedLoss | None = None
     loss: Tensor | float | None = None
     clip_coef: Tensor | float = 1.0
+    total_norm: Tensor | None = None
 
 
 class Start(NamedTuple):
@@ -258,14 +260,16 @@ class ALSALS(torch.optim.Optimizer):
             TypeError: If the closure cannot be called.
         """
         _check_closure(closure)
-        self.pending = Pending(closure, loss, self.pending.clip_coef)
+        self.pending = self.pending._replace(closure=closure, loss=loss)
 
-    def set_clip_coef(self, clip_coef: Tensor | float) -> None:
+    def set_clip_coef(self, clip_coef: Tensor | float, total_norm: Tensor | None = None) -> None:
         """Say what gradient clipping has multiplied the gradients of the next step by.
 
         Args:
             clip_coef (`Tensor` or `float`): `min(1, max_norm / (total_norm + 1e-6))`. The slope is divided by it: it
                 has to be that of the loss.
+            total_norm (`Tensor`, *optional*): The norm of all gradients before clipping. If it is given, they are not
+                read again to see whether they are finite.
 
         Raises:
             TypeError: If it is not a number.
@@ -273,7 +277,7 @@ class ALSALS(torch.optim.Optimizer):
         """
         if not isinstance(clip_coef, Tensor):
             check_number("clip_coef", clip_coef, lambda x: 0 < x < math.inf, "a positive number")
-        self.pending = self.pending._replace(clip_coef=clip_coef)
+        self.pending = self.pending._replace(clip_coef=clip_coef, total_norm=total_norm)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, loss: Tensor | float | None = None) -> Any:
@@ -301,19 +305,18 @@ class ALSALS(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():  # dynamo takes an error for a graph break, and calls the step as it is
             raise RuntimeError("ALSALS.step() cannot be compiled: compile the model.")
-        closure, loss, clip_coef = self._take_pending(closure, loss)
+        closure, loss, clip_coef, total_norm = self._take_pending(closure, loss)
         if closure is None:
             return self._make_state(self.direction(self.param_groups, self.state))
         if loss is None:
             loss, closure = self._start_of(closure)
         check_loss(loss)
         direction = self.direction(self.param_groups, self.state)
-        start = self._read_start(direction, loss, clip_coef)
+        start = self._read_start(direction, loss, clip_coef, total_norm)
         if not start.is_finite:
             self._skip()
         elif direction.params:
             begin, self.consecutive_skips = time.perf_counter(), 0
-            direction.update()
             with Line(direction, closure, self.loss, start.clip_coef, self.slope_method) as line:
                 self.search = self.line_search.step(self.search, line, start.path_slope, start.lr_fraction)
                 self.search_seconds += time.perf_counter() - begin if self.searched else 0.0
@@ -397,7 +400,7 @@ class ALSALS(torch.optim.Optimizer):
         self.search = dataclasses.replace(self.search, searched=False, probes=0, nonfinite_probes=0)
         if closure is not None:
             _check_closure(closure)
-            return Pending(closure, loss, pending.clip_coef)
+            return pending._replace(closure=closure, loss=loss)
         if _is_replayed(pending.closure):
             if not pending.closure.is_ready and self._may_make_state():
                 return Pending()
@@ -470,7 +473,9 @@ class ALSALS(torch.optim.Optimizer):
                 with torch.enable_grad():
                     return closure()
 
-    def _read_start(self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float) -> Start:
+    def _read_start(
+        self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float, total_norm: Tensor | None
+    ) -> Start:
         if not direction.params:
             (self.loss,) = to_floats([loss])
             return Start(is_finite=True, clip_coef=1.0, path_slope=math.nan, lr_fraction=1.0)
@@ -478,10 +483,11 @@ class ALSALS(torch.optim.Optimizer):
         reads_path = self.line_search.needs_path_slope(lr_fraction)
         path = path_slope(direction.params, self.state) if reads_path else math.nan
         # The only host-device sync of a step without a search.
-        self.loss, flag, clip_coef, path = to_floats([loss, nonfinite_flag(direction.params), clip_coef, path])
+        flag = nonfinite_flag(direction.params) if total_norm is None else 0 * total_norm
+        self.loss, flagged, coef, path = to_floats([loss, flag, clip_coef, path])
         # A clip_coef of 0 is that of gradients whose norm is not finite.
-        is_finite = math.isfinite(self.loss + flag) and 0 < clip_coef < math.inf
-        return Start(is_finite, clip_coef, path / clip_coef if is_finite else math.nan, lr_fraction)
+        is_finite = math.isfinite(self.loss + flagged) and 0 < coef < math.inf
+        return Start(is_finite, coef, path / coef if is_finite else math.nan, lr_fraction)
 
     def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.

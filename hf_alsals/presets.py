@@ -9,7 +9,7 @@ from .interval import EverySteps
 from .line_search import LineSearch
 
 # Raised whenever a preset takes other steps than before, so that results name the method that they are of.
-METHOD_VERSION = 8
+METHOD_VERSION = 9
 
 # The line search of each kind of growth. The defaults of options are those of its parts.
 LINE_SEARCHES: dict[str, LineSearch] = {

@@ -148,11 +148,15 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
         clip_grad_norm_ = self.accelerator.clip_grad_norm_
 
         def clip_and_tell(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            parameters = list(parameters)
             total_norm = clip_grad_norm_(parameters, max_norm, *args, **kwargs)
             if self.alsals is not None and total_norm is not None:
                 norm = total_norm.full_tensor() if isinstance(total_norm, DTensor) else torch.as_tensor(total_norm)
+                clipped = {id(p) for p in parameters}
+                is_whole = all(id(p) in clipped for group in self.alsals.param_groups for p in group["params"])
                 # The factor of torch.nn.utils.clip_grads_with_norm_.
-                self.alsals.set_clip_coef((max_norm / (norm + 1e-6)).clamp(max=1.0))
+                clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+                self.alsals.set_clip_coef(clip_coef, norm if is_whole else None)
             return total_norm
 
         self.accelerator.clip_grad_norm_ = clip_and_tell

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from small_problems import adam_direction_of, assert_identical, make_net, net_loss, parameter_group, single
@@ -48,12 +50,13 @@ def test_a_step_is_that_of_adamw_to_the_bit_whatever_was_probed(dtype, probes):
         for net in nets
     )
     state = {p: {} for p in nets[0].parameters()}
-    adamw = torch.optim.AdamW(adamw_groups)
+    is_fused = probes == 0 and dtype == torch.float32
+    adamw = torch.optim.AdamW(adamw_groups, fused=is_fused, foreach=not is_fused)
     for k in range(30):
         for net in nets:
             net.zero_grad()
             net_loss(net, k).backward()
-        direction = update(groups, state)
+        direction = update(groups, state) if probes else AdamDirection(groups, state)
         with torch.no_grad():
             if probes:
                 direction.save()
@@ -65,9 +68,68 @@ def test_a_step_is_that_of_adamw_to_the_bit_whatever_was_probed(dtype, probes):
             assert_identical(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+def test_a_step_without_a_search_is_the_fused_one_whatever_the_layout_of_the_gradients(lr):
+    """One parameter has a gradient of another layout, one a multiplier, one no gradient at first, one no elements."""
+    torch.manual_seed(0)
+    shapes = [(1100, 500), (3,), (64, 64), (0,), (5, 4, 3, 3)]
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, math.prod(s)).reshape(s)) for s in shapes] for _ in range(2))
+    groups = [{"params": [p]} for p in theirs]
+    groups[2] |= {"lr": 3 * lr, "weight_decay": 0.01 / 3}  # a multiplier is none of weight decay
+    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.01, fused=True)
+    state = {p: {} for p in ours}
+    for k in range(4):
+        for i, (one, other) in enumerate(zip(ours, theirs)):
+            gradient = torch.randn(one.shape)
+            other.grad = None if i == 1 and k == 0 else gradient.clone()
+            one.grad = None if other.grad is None else gradient.clone()
+            if i == 4:
+                one.grad = gradient.to(memory_format=torch.channels_last)
+        direction = AdamDirection([parameter_group(ours, lr=lr, weight_decay=0.01)], state)
+        direction.multipliers = {ours[2]: 3.0}
+        with torch.no_grad():
+            direction.step(1.0)
+        adamw.step()
+    for i, (one, other) in enumerate(zip(ours, theirs)):
+        if i == 4:  # another layout is not for the kernel
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        else:
+            assert_identical(one.detach(), other.detach())
+        if one.numel():
+            assert state[one]["step"] == adamw.state[other]["step"]
+            for name in AdamDirection.buffer_names:
+                torch.testing.assert_close(state[one][name], adamw.state[other][name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("step_size", [0.01, 1e-36])
+def test_a_step_after_its_first_probe_is_the_fused_one_and_the_slope_that_of_the_formula(step_size):
+    torch.manual_seed(0)
+    starts = [torch.randn(1100, 500), torch.randn(3), torch.randn(500, 700).t()]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    groups = [{"params": theirs[:2]}, {"params": theirs[2:], "lr": 3 * step_size}]
+    adamw = torch.optim.AdamW(groups, lr=step_size, weight_decay=0.0, fused=True)
+    state = {p: {} for p in ours}
+    histories = [[] for _ in ours]
+    for _ in range(4):
+        for one, other, history in zip(ours, theirs, histories):
+            history.append(torch.randn_like(one).detach())  # in the layout of the parameter
+            one.grad, other.grad = history[-1].clone(), history[-1].clone()
+        direction = AdamDirection([parameter_group(ours)], state)
+        direction.multipliers = {ours[2]: 3.0}
+        with torch.no_grad():
+            (slope,) = direction.first_move(step_size)
+            direction.step(step_size)
+        adamw.step()
+        formulas = [adam_direction_of([g.double() for g in history], 0.9, 0.999, 1e-8) for history in histories]
+        parts = [(d * history[-1]).sum().item() for d, history in zip(formulas, histories)]
+        assert slope.item() == pytest.approx(parts[0] + parts[1] + 3 * parts[2], rel=1e-5)
+        for one, other in zip(ours, theirs):
+            assert_identical(one.detach(), other.detach())
+
+
 def test_pieces_of_large_parameters_and_what_cannot_be_cut_move_as_in_adamw():
     torch.manual_seed(0)
-    starts = [torch.randn(700, 500), torch.randn(500, 700).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
+    starts = [torch.randn(1100, 500), torch.randn(500, 1100).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
     ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     adamw = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.01, eps=1e-8)
     state = {p: {} for p in ours}

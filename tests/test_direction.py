@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -101,6 +102,58 @@ def test_slope_and_move_agree_with_finite_differences_of_the_loss(kind, multipli
 
 
 @pytest.mark.parametrize("kind", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [True, False])
+def test_the_first_move_is_update_slope_save_and_move(kind, dtype, momentum):
+    """To the bit, but where the fused kernel makes it."""
+    is_fused = kind is AdamDirection and dtype == torch.float32 and momentum
+    assert_same = torch.testing.assert_close if is_fused else assert_identical
+    shapes = [(1100, 500), (3,), (0,), (40, 30)]
+    pairs = [
+        [nn.Parameter(torch.linspace(-1, 1, math.prod(s)).reshape(s).to(dtype)) for s in shapes] for _ in range(2)
+    ]
+    states = [{p: {} for p in params} for params in pairs]
+    for k in range(3):
+        directions = []
+        for params, state in zip(pairs, states):
+            for p in params:
+                p.grad = grad_for(p, k)
+            directions.append(kind([parameter_group(params, lr=0.5, weight_decay=0.1)], state))
+        one_by_one, at_once = directions
+        one_by_one.update()
+        slopes = one_by_one.slope(momentum)
+        with torch.no_grad():
+            one_by_one.save()
+            one_by_one.move(0.3)
+        assert_same(at_once.first_move(0.3, momentum), slopes)
+        assert all(p.grad is None for params in pairs for p in params)
+        for end in (lambda d: None, lambda d: d.move(0.3), lambda d: d.move(0.1), lambda d: d.step(0.2)):
+            with torch.no_grad():
+                end(one_by_one), end(at_once)
+            assert_same([p.detach() for p in pairs[1]], [p.detach() for p in pairs[0]])
+        for one, other in zip(*(state.values() for state in states)):
+            assert one.keys() == other.keys()
+            assert_same([*one.values()], [*other.values()])
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_a_step_without_an_update_before_updates_too(kind):
+    pairs = [[nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).double())] for _ in range(2)]
+    states = [{p: {} for p in params} for params in pairs]
+    for k in range(3):
+        for params, state in zip(pairs, states):
+            params[0].grad = grad_for(params[0], k)
+            direction = kind([parameter_group(params, lr=0.5, weight_decay=0.1)], state)
+            if params is pairs[0]:
+                direction.update()
+            with torch.no_grad():
+                direction.step(0.2)
+            assert params[0].grad is not None
+        assert_identical(pairs[1][0].detach(), pairs[0][0].detach())
+        assert_identical([*states[1].values()], [*states[0].values()])
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
 def test_a_multiplier_scales_the_part_of_its_parameter_and_nothing_else(kind):
     params = [single([3.0, -1.0]), single([0.5]), single([2.0, 4.0, 1.0])]
     plain = updated(kind, params, updates=3)
@@ -175,7 +228,7 @@ def test_moves_go_out_from_where_the_parameters_were_saved(keep_grads):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_grads", [False, True])
 def test_restored_parameters_are_where_they_were_to_the_bit(kind, dtype, keep_grads):
-    params = [nn.Parameter(grad_for(torch.empty(size), 5).to(dtype)) for size in (7, 1, 300_000)]
+    params = [nn.Parameter(grad_for(torch.empty(size), 5).to(dtype)) for size in (7, 1, 600_000)]
     direction = updated(kind, params)
     before = snapshot(params)
     with torch.no_grad():
@@ -317,3 +370,15 @@ def test_the_state_of_another_direction_is_refused_by_name():
     for loading, saved, name, other in zip(optimizers, optimizers[::-1], names, names[::-1]):
         with pytest.raises(ValueError, match=f"direction must be '{other}', as in the state_dict, got '{name}'"):
             loading.load_state_dict(saved.state_dict())
+
+
+def test_weights_that_a_forward_pass_changes_are_moved_again():
+    (w,) = params = [single([3.0, -1.0])]
+    direction = updated(AdamDirection, params)
+    with torch.no_grad():
+        direction.save()
+        direction.move(0.5)
+        expected = w.detach().clone()
+        w.mul_(0.5)  # as nn.Embedding(max_norm=...) does
+        direction.step(0.5 / direction.param_groups[0]["lr"])
+    assert_identical(w.detach(), expected)

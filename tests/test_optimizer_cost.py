@@ -9,11 +9,14 @@ from small_problems import ConstantALSALS, assert_identical, single
 from torch import nn
 
 from hf_alsals import ALSALS
+from hf_alsals.path_slope import SAMPLE_SIZE
 
 
-@pytest.mark.parametrize(("growth", "megabytes"), [("constant", 0), ("path", 32)])
+@pytest.mark.parametrize(("growth", "megabytes"), [("constant", 0.0), ("path", 2 * SAMPLE_SIZE / 1e6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_search_needs_no_memory_beyond_that_of_adam_and_the_first_weights(tmp_path, dtype, growth, megabytes):
+def test_a_search_needs_no_memory_beyond_that_of_adam_and_a_sample_of_the_first_weights(
+    tmp_path, dtype, growth, megabytes
+):
     p = nn.Parameter(torch.ones(4000, 4000, dtype=dtype))
     optimizer = ConstantALSALS([p], lr=0.5, weight_decay=0.1, growth=growth)
     optimizer.search = dataclasses.replace(optimizer.search, is_initialized=True)  # no search in two directions
@@ -26,14 +29,14 @@ def test_a_search_needs_no_memory_beyond_that_of_adam_and_the_first_weights(tmp_
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
     in_use = list(itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
-    assert max(in_use) < megabytes * 1e6 + 6e6  # pieces of a parameter; all of it has 64 or 32 MB
-    assert in_use[-1] == megabytes * 1e6
+    assert max(in_use) < megabytes * 1e6 + 12e6  # pieces of a parameter; all of it has 64 or 32 MB
+    assert in_use[-1] == pytest.approx(megabytes * 1e6, rel=0.05)
     del gradient  # held until here, for the profile counts what it did not see allocated only sometimes
 
 
 def test_pieces_of_large_parameters_and_what_cannot_be_cut_move_as_in_adamw_whatever_is_probed():
     torch.manual_seed(0)
-    starts = [torch.randn(700, 500), torch.randn(500, 700).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
+    starts = [torch.randn(1100, 500), torch.randn(500, 1100).t(), torch.randn(3), torch.randn(0), torch.randn(64, 64)]
     ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     # It probes 0.4, 0.2 and 0.1, the learning rate of AdamW to the bit, and starts from 0.4 again.
     options = {"initial_step_size": 0.4, "decrease_factor": 0.5, "growth_factor": 4.0}

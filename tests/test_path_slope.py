@@ -4,7 +4,7 @@ from small_problems import ConstantALSALS, assert_identical, single
 from torch import nn
 
 from hf_alsals import ALSALS
-from hf_alsals.path_slope import path_slope
+from hf_alsals.path_slope import MAX_DISTANCE, SAMPLE_SIZE, WHOLE_SIZE, path_slope
 
 
 def rounded(tensor):
@@ -17,7 +17,7 @@ def randn(*shape, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_the_inner_product_of_the_gradients_and_the_way_back(dtype):
-    shapes = [(700, 500), (3,), (), (0,)]  # the first of two pieces
+    shapes = [(1100, 500), (3,), (), (0,)]  # the first of two pieces
     params = [nn.Parameter(randn(*shape, seed=k).to(dtype)) for k, shape in enumerate(shapes)]
     params.append(nn.Parameter(randn(6, 700, seed=9).to(dtype).t()))  # cannot be cut
     state = {p: {} for p in params}
@@ -86,3 +86,100 @@ def test_a_growth_that_does_not_follow_it_keeps_no_first_weights():
         optimizer = make([w])
         optimizer.step(lambda w=w: w.sum())
         assert set(optimizer.state[w]) - {"step", "exp_avg", "exp_avg_sq"} == names
+
+
+# ---- of a sample ----
+
+
+def large_parameters(*shapes, dtype=torch.float32):
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    state = {p: {} for p in params}
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert path_slope(params, state).item() == 0
+    return params, state
+
+
+def test_large_parameters_are_sampled_and_small_ones_read_whole():
+    (large, medium, small), state = large_parameters((3072, 3072), (1000, 300), (768,))
+    sizes = [state[p]["initial"].numel() for p in (large, medium, small)]
+    assert sum(sizes[:2]) == pytest.approx(SAMPLE_SIZE, rel=0.05)
+    assert sizes[1] / sizes[0] == pytest.approx(medium.numel() / large.numel(), rel=0.01)
+    assert sizes[2] == 768
+    assert all(state[p]["initial"].dtype == torch.bfloat16 for p in state)
+    with torch.no_grad():
+        for p, move in ((large, -1.0), (medium, -0.25), (small, 2.0)):
+            p += move
+    expected = large.numel() + 0.25 * medium.numel() - 2 * small.numel()
+    assert path_slope([large, medium, small], state).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_up_to_a_size_everything_is_read_whole():
+    (p,), state = large_parameters((WHOLE_SIZE // 1024, 1024))
+    assert state[p]["initial"].shape == p.shape
+
+
+def test_a_large_model_is_sampled_by_a_share_that_meets_every_row():
+    (p,), state = large_parameters((2**16, 768))
+    assert p.numel() / state[p]["initial"].numel() == pytest.approx(MAX_DISTANCE, rel=0.05)
+    for begin in range(0, len(p), 4099):  # where only a few rows have moved, they are all that counts
+        with torch.no_grad():
+            p.zero_()
+            p[begin : begin + 40] = -1.0
+        expected = p[begin : begin + 40].numel()
+        assert path_slope([p], state).item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("width", [64, 500, 768, 1024, 4095, 4096, 4097, 3 * 1024, 17 * 64, 31 * 64])
+def test_every_column_is_met_about_as_often(width):
+    (p,), state = large_parameters((2**24 // width, width))
+    for begin in range(0, width, 50):  # where only some columns have moved, they are all that counts
+        columns = slice(begin, min(begin + 50, width))
+        with torch.no_grad():
+            p.zero_()
+            p[:, columns] = -1.0
+        expected = p[:, columns].numel()
+        assert path_slope([p], state).item() == pytest.approx(expected, rel=0.1)
+
+
+def test_the_estimate_is_the_whole_but_for_the_noise_of_a_sample():
+    torch.manual_seed(0)
+    (p,), state = large_parameters((4096, 4096))
+    p.grad = torch.randn(p.shape)
+    with torch.no_grad():
+        p += torch.randn(p.shape) - 0.02 * p.grad
+    products = p.grad.double() * -p.detach().bfloat16().double()
+    error = path_slope([p], state).item() - products.sum().item()
+    # The standard error of a sum that is estimated from a sample.
+    assert abs(error) < 4 * products.std().item() * p.numel() / SAMPLE_SIZE**0.5
+    assert products.sum().item() > 10 * products.std().item() * p.numel() / SAMPLE_SIZE**0.5
+
+
+def test_first_weights_that_a_checkpoint_has_whole_stay_whole():
+    (p,), state = large_parameters((4096, 4096))
+    state[p]["initial"] = torch.zeros(p.shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        p[0, 0] = -3.0  # of one element the sample would tell nothing, or too much
+    assert path_slope([p], state).item() == 3.0
+
+
+def test_a_gradient_of_another_layout_is_sampled_at_the_same_places():
+    (p,), state = large_parameters((4096, 4096))
+    with torch.no_grad():
+        p.copy_(-torch.arange(4096.0).view(-1, 1) / 4096)
+    rows = torch.arange(4096.0).view(-1, 1).expand(4096, 4096)
+    p.grad = rows.t().contiguous().t()
+    assert not p.grad.is_contiguous()
+    strided = path_slope([p], state).item()
+    p.grad = rows.contiguous()
+    assert (
+        path_slope([p], state).item() == strided == pytest.approx((rows.double() ** 2).sum().item() / 4096, rel=0.02)
+    )
+
+
+def test_parameters_that_cannot_be_sampled_are_read_whole():
+    transposed = nn.Parameter(torch.zeros(4096, 3000).t())
+    state = {transposed: {}}
+    transposed.grad = torch.ones(4096, 3000).t()
+    path_slope([transposed], state)
+    assert state[transposed]["initial"].shape == transposed.shape

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -253,6 +254,8 @@ def test_an_adapter_is_trained_on_a_saved_model_and_saved_alone_or_merged(merge,
 
 
 def fails(monkeypatch, capsys, *flags):
+    if "--output_dir" not in flags:  # tests beside each other may not share the default
+        flags += ("--output_dir", tempfile.mkdtemp())
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, *flags)
     assert error.value.code == 2

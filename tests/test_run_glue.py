@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def run(monkeypatch, *flags):
 
 
 def fails(monkeypatch, capsys, *flags):
+    if "--output_dir" not in flags:  # tests beside each other may not share the default
+        flags += ("--output_dir", tempfile.mkdtemp())
     with pytest.raises(SystemExit):
         run(monkeypatch, *flags)
     return capsys.readouterr().err.strip().splitlines()[-1]

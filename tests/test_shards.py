@@ -35,10 +35,10 @@ def mesh():
 
 
 def test_a_large_tensor_is_cut_into_views_that_make_up_the_whole():
-    tensor, other = torch.arange(700_000.0).view(700, 1000), torch.arange(700_000).view(700, 1000)
+    tensor, other = torch.arange(1_400_000.0).view(1400, 1000), torch.arange(1_400_000).view(1400, 1000)
     limit = piece_size(tensor)
     pieces = list(cut(tensor, other))
-    assert [len(piece) for piece, _ in pieces] == [limit, limit, 700_000 - 2 * limit]
+    assert [len(piece) for piece, _ in pieces] == [limit, limit, 1_400_000 - 2 * limit]
     assert torch.equal(torch.cat([piece for piece, _ in pieces]), tensor.flatten())
     assert torch.equal(torch.cat([piece for _, piece in pieces]), other.flatten())
     for piece, _ in pieces:

@@ -24,7 +24,7 @@ def load(name):
 
 study = load("study")  # the others import it
 slope, batch_noise, irregular_landscape = load("slope"), load("batch_noise"), load("irregular_landscape")
-directions, surrogate = load("directions"), load("surrogate")
+directions, surrogate, path_sample = load("directions"), load("surrogate"), load("path_sample")
 
 
 def run(module, monkeypatch, folder, *flags):
@@ -223,3 +223,28 @@ def test_surrogate_runs_every_setting(monkeypatch, tmp_path, capsys):
 def test_the_reward_counts_words_in_order():
     assert surrogate.count_of_pairs([[5, 6, 7, 9], [5], [9, 8]]) == [2.0, 0.0, 0.0]
     assert surrogate.sequences((1, 3), 3)[:2] == [[0, 1, 2], [0, 3, 6]]
+
+
+def test_a_sample_of_all_elements_is_the_whole_and_a_smaller_one_near_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(path_sample, "MODELS", {"GPT-2, width 128": path_sample.MODELS["GPT-2, width 128"]})
+    report = run(
+        path_sample, monkeypatch, tmp_path, "--steps", "8", "--batch_size", "2", "--sizes", "2000000", "131072"
+    )
+    (one,) = report["runs"]
+    whole, sampled = one["slopes"]["2000000"], one["slopes"]["131072"]
+    assert whole == pytest.approx(one["slopes"]["all"], rel=1e-4)
+    assert sampled != whole
+    assert one["rows"][1]["noise"] < 1
+    assert tmp_path.joinpath("path_sample.png").stat().st_size > 10_000
+
+
+def test_the_page_on_the_sample_holds_the_table_of_its_numbers():
+    report = json.loads(STUDIES.joinpath("path_sample.json").read_text())
+    page = STUDIES.joinpath("path_sample.md").read_text()
+    assert path_sample.table(report) in page
+    assert "](path_sample.png)" in page and STUDIES.joinpath("path_sample.png").exists()
+    followed = report["steps"] // 2
+    for one in report["runs"]:
+        for row in one["rows"]:
+            sampled, all_of_it = (one["slopes"][name][:followed] for name in (str(row["size"]), "all"))
+            assert path_sample.row_of(row["size"], sampled, all_of_it) == pytest.approx(row)

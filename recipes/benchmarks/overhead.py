@@ -4,11 +4,11 @@ Every run is a process of its own; each round runs all optimizers once, one afte
 adamw_torch_fused are taken within a round. Needs schedulefree, prodigyopt and salsa-optimizer for their rows.
 
     python recipes/benchmarks/overhead.py --output recipes/benchmarks/overhead.json
+    python recipes/benchmarks/overhead.py --mode optimizer --output recipes/benchmarks/overhead-optimizer.json
     python recipes/benchmarks/overhead.py --n_layer 12 --n_embd 768 --n_head 12 --vocab_size 50257 --batch_size 32 \
         --sequence_length 1024 --bf16 --processes 1 8 --output overhead-gpt2.json
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -20,18 +20,17 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import bare_step
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainerCallback, set_seed
 
-import hf_alsals.optimizer
-from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments, LossReplay
-from hf_alsals.direction import Direction
+from hf_alsals import AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.optimizer import unwrap_alsals
 
 # A constant schedule, because nothing is searched while it anneals.
@@ -51,13 +50,34 @@ OPTIMIZERS: dict[str, dict[str, str]] = {
 }
 BASELINE = "adamw_torch_fused"
 
+# The parts of a step of ALSALS, as the profiler names them.
+PARTS = {
+    "forward": ["forward"],
+    "backward": ["backward"],
+    "probes": ["ALSALS.probe"],
+    "path slope": ["ALSALS.path_slope"],
+    "are gradients finite": ["ALSALS.nonfinite_flag"],
+    "moments and step": ["ALSALS.step_direction"],
+    "moments, slope and first move of a search": ["ALSALS.first_move"],
+    "other moves of a search": ["ALSALS.move"],
+    "host-device sync": ["ALSALS.to_floats"],
+}
+PROFILED = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
 
 @dataclass
 class OverheadArguments:
     """What is measured, and on which model."""
 
     output: str = field(metadata={"help": "The json file to write; the picture lies beside it."})
-    optimizers: list[str] = field(default_factory=lambda: list(OPTIMIZERS), metadata={"help": "The rows to measure."})
+    mode: str = field(
+        default="trainer",
+        metadata={
+            "help": "Whether to train through the Trainer, or to take steps of the optimizer alone.",
+            "choices": ["trainer", "optimizer"],
+        },
+    )
+    optimizers: list[str] | None = field(default=None, metadata={"help": "The rows to measure; by default all."})
     n_layer: int = field(default=4, metadata={"help": "Layers of the GPT-2."})
     n_embd: int = field(default=256, metadata={"help": "Width of the GPT-2."})
     n_head: int = field(default=4, metadata={"help": "Attention heads of the GPT-2."})
@@ -76,6 +96,19 @@ class OverheadArguments:
     bf16: bool = field(default=False, metadata={"help": "Whether to train in bfloat16 autocast."})
     torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model."})
     only: str | None = field(default=None, metadata={"help": "Only this run, to standard output; for internal use."})
+
+    @property
+    def config(self) -> GPT2Config:
+        """The config of the GPT-2."""
+        return GPT2Config(
+            n_layer=self.n_layer,
+            n_embd=self.n_embd,
+            n_head=self.n_head,
+            vocab_size=self.vocab_size,
+            n_positions=self.sequence_length,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
 
 
 class RandomTokens(Dataset):
@@ -101,11 +134,11 @@ class Stopwatch(TrainerCallback):
         self.steps: list[tuple[Any, Any]] = []
         self.probes: list[int] = []
         self.annealing: list[bool] = []
-        self.parts: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.profiler: profile | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.warmup:
-            self.parts.clear()
+        if state.global_step == self.warmup and self.profiler is not None:
+            self.profiler.start()
         self.begin = mark()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -133,28 +166,15 @@ def seconds_between(marks: list[tuple[Any, Any]]) -> list[float]:
     return [begin.elapsed_time(end) / 1000 for begin, end in marks]
 
 
-@contextlib.contextmanager
-def marked(marks: dict[str, list[tuple[Any, Any]]], parts: dict[str, tuple[Any, str]]) -> Iterator[None]:
-    """Mark the begin and end of methods while inside, by the names of the parts."""
-    originals = {part: getattr(owner, method) for part, (owner, method) in parts.items()}
+def recorded(owner: Any, method: str, part: str) -> None:
+    """Have the profiler see the calls of an object's method as a part."""
+    original = getattr(owner, method)
 
-    def wrap(part: str) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            begin = mark()
-            try:
-                return originals[part](*args, **kwargs)
-            finally:
-                marks[part].append((begin, mark()))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record_function(part):
+            return original(*args, **kwargs)
 
-        return wrapped
-
-    for part, (owner, method) in parts.items():
-        setattr(owner, method, wrap(part))
-    try:
-        yield
-    finally:
-        for part, (owner, method) in parts.items():
-            setattr(owner, method, originals[part])
+    setattr(owner, method, call)
 
 
 def peak_memory() -> float:
@@ -164,20 +184,10 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]:
+def run(args: OverheadArguments, name: str, accumulation: int, is_profiled: bool = False) -> dict[str, Any]:
     """Train with one optimizer and return its step times in seconds, its probes and its peak memory in MB."""
     set_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=args.n_layer,
-            n_embd=args.n_embd,
-            n_head=args.n_head,
-            vocab_size=args.vocab_size,
-            n_positions=args.sequence_length,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    model = GPT2LMHeadModel(args.config)
     count = args.warmup + args.steps
     data = RandomTokens(args, count * accumulation * args.batch_size)
     package = OPTIMIZERS[name].get("package")
@@ -209,29 +219,25 @@ def run(args: OverheadArguments, name: str, accumulation: int) -> dict[str, Any]
         trainer = AlsalsTrainer(
             model, training_args, train_dataset=data, callbacks=[watch], optimizers=(optimizer, None)
         )
-        parts = {
-            "forward": (trainer, "compute_loss"),
-            "backward": (trainer.accelerator, "backward"),
-            "moments": (Direction, "update"),
-            "slope": (Direction, "slope"),
-            "path slope": (hf_alsals.optimizer, "path_slope"),
-            "start point": (Direction, "save"),
-            "moves": (Direction, "_move"),
-            "probes": (LossReplay, "__call__"),
-            "host-device sync": (hf_alsals.optimizer, "to_floats"),
-        }
-        with marked(watch.parts, parts):
-            trainer.train()
+        if is_profiled:
+            recorded(trainer, "compute_loss", "forward")
+            recorded(trainer.accelerator, "backward", "backward")
+            watch.profiler = profile(activities=PROFILED)
+        trainer.train()
     seconds = seconds_between(watch.steps)
-    breakdown = {part: sum(seconds_between(watch.parts[part])) / sum(seconds) for part in parts}
-    breakdown["forward"] -= breakdown["probes"]  # a probe calls compute_loss too
-    return {
-        "seconds": seconds,
-        "probes": watch.probes,
-        "annealing": watch.annealing,
-        "peak_mb": peak_memory() - before,
-        "breakdown": breakdown,
-    }
+    result = {"seconds": seconds, "probes": watch.probes, "annealing": watch.annealing}
+    if is_profiled:
+        watch.profiler.stop()
+        events = {event.key: event for event in watch.profiler.key_averages()}
+        spent = {part: sum(time_of(events[key]) for key in keys if key in events) for part, keys in PARTS.items()}
+        spent["forward"] -= spent["probes"]  # a probe calls compute_loss too
+        result["breakdown"] = {part: one / sum(seconds) for part, one in spent.items()}
+    return result | {"peak_mb": peak_memory() - before}
+
+
+def time_of(event: Any) -> float:
+    """Return the seconds of an event with all that it called, on the GPU if there is one."""
+    return (event.device_time_total if torch.cuda.is_available() else event.cpu_time_total) / 1e6
 
 
 def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumulation: int) -> dict[str, Any]:
@@ -264,7 +270,7 @@ def plain_loop(args: OverheadArguments, model: Any, data: RandomTokens, accumula
         marks.append((begin, mark()))
         probes.append(optimizer.state["n_forwards"] - forwards - 1)  # the first is the step's own
     seconds = seconds_between(marks[args.warmup :])
-    return {"seconds": seconds, "probes": probes[args.warmup :], "annealing": [False] * args.steps, "breakdown": {}}
+    return {"seconds": seconds, "probes": probes[args.warmup :], "annealing": [False] * args.steps}
 
 
 def seconds_a_step(run: dict[str, Any]) -> float:
@@ -357,41 +363,16 @@ def draw(rows: list[dict[str, Any]], breakdown: dict[str, float], path: str) -> 
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = HfArgumentParser(OverheadArguments, description=__doc__.splitlines()[0])
-    (args,) = parser.parse_args_into_dataclasses()
-    if unknown := [name for name in args.optimizers if name not in OPTIMIZERS]:
-        parser.error(f"optimizers must be some of {', '.join(OPTIMIZERS)}, got {unknown[0]!r}.")
-    if BASELINE not in args.optimizers:
-        parser.error(f"optimizers must include {BASELINE}, which the others are compared with.")
-    if args.only is not None:
-        name, accumulation = args.only.rsplit("/", 1)
-        result = json.dumps(run(args, name, int(accumulation)))
-        if os.environ.get("RANK", "0") == "0":
-            print(result)
-        return
+def measure(only: str, processes: int = 1) -> dict[str, Any]:
+    """Return what a run in a process of its own, or several, has measured."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), __file__, *sys.argv[1:], "--only", only]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    runs = []
-    for processes, accumulation, i, name in itertools.product(
-        args.processes, args.gradient_accumulation_steps, range(args.rounds), args.optimizers
-    ):
-        if processes > 1 and OPTIMIZERS[name].get("package") == "salsa":  # its loop is for one
-            continue
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launch if processes > 1 else []), __file__, *sys.argv[1:]]
-        command += ["--only", f"{name}/{accumulation}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-        runs.append({"processes": processes, "accumulation": accumulation, "round": i, "optimizer": name, **result})
-        milliseconds = 1000 * seconds_a_step(result)
-        print(processes, accumulation, i, name, f"{milliseconds:.0f} ms", flush=True)
 
-    rows = summarize(runs)
-    breakdowns = [run["breakdown"] for run in runs if run["optimizer"] == "alsals" and run["processes"] == 1]
-    breakdown = (
-        {part: statistics.median(one[part] for one in breakdowns) for part in breakdowns[0]} if breakdowns else {}
-    )
+def write(args: OverheadArguments, numbers: dict[str, Any]) -> None:
+    """Write the numbers, and what they were measured on, to the json file."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
@@ -401,12 +382,58 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": device,
         "threads": torch.get_num_threads(),
-        "rows": rows,
-        "breakdown": breakdown,
-        "runs": runs,
+        **numbers,
     }
     with open(args.output, "w") as file:
         json.dump(report, file, indent=1)
+
+
+def main() -> None:
+    parser = HfArgumentParser(OverheadArguments, description=__doc__.splitlines()[0])
+    (args,) = parser.parse_args_into_dataclasses()
+    known, baseline = (
+        (list(OPTIMIZERS), BASELINE) if args.mode == "trainer" else (list(bare_step.OPTIMIZERS), bare_step.BASELINE)
+    )
+    optimizers = args.optimizers or known
+    if unknown := [name for name in optimizers if name not in known]:
+        parser.error(f"optimizers must be some of {', '.join(known)}, got {unknown[0]!r}.")
+    if baseline not in optimizers:
+        parser.error(f"optimizers must include {baseline}, which the others are compared with.")
+    if args.only is not None:
+        name, accumulation, kind = args.only.rsplit("/", 2)
+        if args.mode == "optimizer":
+            result = bare_step.run(name, args.config, args.warmup, args.steps)
+        else:
+            result = run(args, name, int(accumulation), is_profiled=kind == "profiled")
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
+        return
+
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
+    if args.mode == "optimizer":
+        runs = []
+        for i, name in itertools.product(range(args.rounds), optimizers):
+            runs.append({"round": i, "optimizer": name} | measure(f"{name}/1/timed"))
+            print(i, name, f"{1000 * statistics.median(runs[-1]['seconds']):.0f} ms", flush=True)
+        rows = bare_step.summarize(runs)
+        write(args, {"rows": rows, "runs": runs})
+        print(bare_step.table(rows))
+        return
+
+    runs = []
+    for processes, accumulation, i, name in itertools.product(
+        args.processes, args.gradient_accumulation_steps, range(args.rounds), optimizers
+    ):
+        if processes > 1 and OPTIMIZERS[name].get("package") == "salsa":  # its loop is for one
+            continue
+        result = measure(f"{name}/{accumulation}/timed", processes)
+        runs.append({"processes": processes, "accumulation": accumulation, "round": i, "optimizer": name, **result})
+        milliseconds = 1000 * seconds_a_step(result)
+        print(processes, accumulation, i, name, f"{milliseconds:.0f} ms", flush=True)
+
+    rows = summarize(runs)
+    breakdown = measure(f"alsals/{args.gradient_accumulation_steps[0]}/profiled")["breakdown"]
+    write(args, {"rows": rows, "breakdown": breakdown, "runs": runs})
     draw(rows, breakdown, os.path.splitext(args.output)[0] + ".png")
     print(table(rows), breakdown_table(breakdown), sep="\n\n")
 

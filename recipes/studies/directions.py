@@ -72,6 +72,11 @@ class OptimizerDirection(Direction):
         """Whether the parameters are noted, as they are from `update` on."""
         return True
 
+    @property
+    def is_updated(self) -> bool:
+        """Whether the step is there to move along, as it is from `update` on."""
+        return self.is_saved
+
     def slope(self, momentum: bool = True) -> list[Tensor]:
         """Return the parts of `<g, d>`, one for each parameter."""
         return self.slope_along(self.steps)
