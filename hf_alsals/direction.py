@@ -64,6 +64,7 @@ class Direction:
 
     Attributes:
         name, description (`str`): Its name in checkpoints, and in words, for a model card.
+        has_momentum_apart (`bool`): Whether `slope(momentum=False)` is there.
         params (`list[Tensor]`): The parameters with a gradient.
         multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
             it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
@@ -75,6 +76,7 @@ class Direction:
     name: ClassVar[str]
     description: ClassVar[str]
     buffer_names: ClassVar[tuple[str, ...]] = ()
+    has_momentum_apart: ClassVar[bool] = True
 
     def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         self.param_groups = param_groups

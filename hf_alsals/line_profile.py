@@ -1,5 +1,6 @@
 """The loss along the search direction, at many step sizes: the loss-landscape figures of arXiv 2403.18519."""
 
+import copy
 import json
 import math
 import os
@@ -32,11 +33,7 @@ class LineProfile:
 
     @torch.no_grad()
     def __init__(self, alsals: ALSALS, closure: Callable[[], Tensor | float], clip_coef: Tensor | float = 1.0) -> None:
-        state = {
-            p: {name: value.clone() for name, value in alsals.state.get(p, {}).items()}
-            for group in alsals.param_groups
-            for p in group["params"]
-        }
+        state = {p: copy.deepcopy(alsals.state.get(p, {})) for group in alsals.param_groups for p in group["params"]}
         self._direction = alsals.direction(alsals.param_groups, state)
         self._direction.update()
         self.slope = Line(self._direction, closure, math.nan, float(clip_coef)).slope

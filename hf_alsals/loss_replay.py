@@ -5,17 +5,19 @@ import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .checks import check_number
 from .module_state import ModuleState, Slot, copied_slots, marks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class RandomState:
@@ -55,6 +57,7 @@ class MicroBatch:
         compute_loss (`Callable[[], Any]`): Computes its loss anew, at the weights as they are then.
         random_state (`RandomState`): The random number generators before its training forward pass.
         module_state (`ModuleState`): What moves in the model, before its training forward pass.
+        autocast (`dict[str, tuple[bool, torch.dtype]]`): Whether autocast was on, and its dtype, by device type.
         loss (`Tensor`): Its training loss, without a graph.
         divisor (`int`): What the training loop divides its loss by, before the backward pass.
     """
@@ -62,6 +65,7 @@ class MicroBatch:
     compute_loss: Callable[[], Any]
     random_state: RandomState
     module_state: ModuleState
+    autocast: dict[str, tuple[bool, torch.dtype]]
     loss: Tensor
     divisor: int
 
@@ -77,27 +81,39 @@ class LossReplay:
 
     Args:
         model (`nn.Module`): The model as the training loop calls it, wrapped or not.
-        accelerator (`Accelerator`): The accelerator of the training loop, for its gradient accumulation and processes.
+        accelerator (`Accelerator`, *optional*): The accelerator of the training loop, for its gradient accumulation
+            and processes. Without one the processes are those of `torch.distributed`, if it is initialized, and all
+            that is recorded between two optimizer steps belongs together.
         probe_micro_batches (`int`, *optional*): With gradient accumulation the number of micro-batches, from the
             first, whose loss stands for that of all: probes are cheaper by as much, and noisier. All if left out.
         probe_context (`Callable[[], ContextManager]`, *optional*): Returns the context that a probe runs in.
+        gradient_accumulation_steps (`int`, *optional*): What the training loop divides the losses by, before the
+            backward pass; that of the accelerator if there is one, else 1.
 
     Raises:
-        TypeError: If `probe_micro_batches` is not an int.
-        ValueError: If it is less than 1.
+        TypeError: If a number is not an int.
+        ValueError: If it is less than 1, or `gradient_accumulation_steps` is given beside an accelerator.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        accelerator: Accelerator,
+        accelerator: "Accelerator | None" = None,
         probe_micro_batches: int | None = None,
         probe_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        gradient_accumulation_steps: int | None = None,
     ) -> None:
-        check_probe_micro_batches(probe_micro_batches)
+        check_count("probe_micro_batches", probe_micro_batches)
+        check_count("gradient_accumulation_steps", gradient_accumulation_steps)
+        if accelerator is not None and gradient_accumulation_steps is not None:
+            raise ValueError(
+                "gradient_accumulation_steps must be left out where there is an accelerator, which has its own, got "
+                f"{gradient_accumulation_steps}."
+            )
         self.model = model
         self.accelerator = accelerator
         self.probe_micro_batches = probe_micro_batches
+        self.gradient_accumulation_steps = gradient_accumulation_steps or 1
         self.probe_context = probe_context
         self.micro_batches: list[MicroBatch] = []
         self._moving: dict[Slot, None] = {}
@@ -117,10 +133,20 @@ class LossReplay:
 
         Returns:
             What `function` returned.
+
+        Raises:
+            RuntimeError: Without an accelerator, if more micro-batches are recorded than an optimizer step has.
         """
-        if self._is_complete:
+        if self._is_complete or (self.accelerator is None and self._is_taken):
             self.clear()
-        random_state = RandomState(self.model, self.accelerator.device)
+        elif self.accelerator is None and len(self.micro_batches) >= self.gradient_accumulation_steps:
+            raise RuntimeError(
+                f"LossReplay has {len(self.micro_batches)} micro-batches that no optimizer step was taken with, as "
+                "many as one has: give it gradient_accumulation_steps, or call its clear() where a step is skipped."
+            )
+        random_state = RandomState(self.model, self._device)
+        types = {"cpu", self._device.type}
+        autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types}
         modes = [module.training for module in self.model.modules()]
         slots = list(self._moving) if modes == self._modes else copied_slots(self.model)
         befores = [(marks(self.model), ModuleState(slots))]
@@ -146,12 +172,13 @@ class LossReplay:
                 compute_loss=functools.partial(function, *args, **kwargs),
                 random_state=random_state,
                 module_state=module_state,
+                autocast=autocast,
                 loss=_loss_of(output).detach().clone(),
-                divisor=self.accelerator.gradient_accumulation_steps,
+                divisor=(self if self.accelerator is None else self.accelerator).gradient_accumulation_steps,
             )
         )
         self._loss = None
-        self._is_complete = self.accelerator.sync_gradients
+        self._is_complete = self.accelerator is not None and self.accelerator.sync_gradients
         return output
 
     def clear(self) -> None:
@@ -196,7 +223,7 @@ class LossReplay:
             return self._replay()
 
     def _replay(self) -> Tensor:
-        random_state = RandomState(self.model, self.accelerator.device)
+        random_state = RandomState(self.model, self._device)
         module_state = ModuleState(self._moving)
         wrappers = [module for module in self.model.modules() if isinstance(module, DistributedDataParallel)]
         self._reshard()
@@ -207,7 +234,11 @@ class LossReplay:
             for batch in self._probed():
                 batch.random_state.restore()
                 batch.module_state.restore()
-                losses.append(_loss_of(batch.compute_loss()) / batch.divisor)
+                with contextlib.ExitStack() as stack:
+                    for kind, (enabled, dtype) in batch.autocast.items():
+                        if torch.is_autocast_enabled(kind) != enabled:  # a step may be taken outside of it
+                            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+                    losses.append(_loss_of(batch.compute_loss()) / batch.divisor)
         finally:
             random_state.restore()
             module_state.restore()
@@ -215,6 +246,12 @@ class LossReplay:
                 wrapper.require_forward_param_sync = True
             self._reshard()
         return self._mean_over_processes(losses)
+
+    @property
+    def _device(self) -> torch.device:
+        if self.accelerator is not None:
+            return self.accelerator.device
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def _reshard(self) -> None:
         # Without a backward pass FSDP2 may keep the weights that it has gathered, and miss that the shards have moved.
@@ -230,25 +267,31 @@ class LossReplay:
             raise RuntimeError("LossReplay has no micro-batch to replay: compute the training loss with record().")
         # The micro-batches that are left out count like those that are not.
         loss = torch.stack(losses).sum() * (len(self.micro_batches) / len(losses))
-        return self.accelerator.reduce(loss, reduction="mean")
+        if self.accelerator is not None:
+            return self.accelerator.reduce(loss, reduction="mean")
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(loss)
+            loss /= distributed.get_world_size()
+        return loss
 
 
 def _loss_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def check_probe_micro_batches(probe_micro_batches: Any) -> None:
+def check_count(name: str, count: Any) -> None:
     """Raise unless a number of micro-batches is one.
 
     Args:
-        probe_micro_batches (`Any`): An int of at least 1, or `None` for all.
+        name (`str`): The name of the argument.
+        count (`Any`): An int of at least 1, or `None`.
 
     Raises:
         TypeError: If it is not an int.
         ValueError: If it is less than 1.
     """
-    if probe_micro_batches is None:
+    if count is None:
         return
-    check_number("probe_micro_batches", probe_micro_batches, lambda x: x >= 1, "an int of at least 1")
-    if not isinstance(probe_micro_batches, int):
-        raise TypeError(f"probe_micro_batches must be an int of at least 1, got {probe_micro_batches!r}.")
+    check_number(name, count, lambda x: x >= 1, "an int of at least 1")
+    if not isinstance(count, int):
+        raise TypeError(f"{name} must be an int of at least 1, got {count!r}.")

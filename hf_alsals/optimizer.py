@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import AdamDirection
 from .checks import check_number
 from .direction import Direction, state_dtype
 from .line import SLOPES, Line, check_loss
 from .line_search import LineSearch
+from .optimizer_direction import direction_of
 from .path_slope import path_slope
 from .presets import line_search_of
 from .shards import grad_of, nonfinite_flag, to_floats
@@ -48,6 +48,9 @@ class ReplayedLoss(Protocol):
 
     def take_loss(self) -> Tensor:
         """Return that loss to the step that is taken with it, and to no second one."""
+
+    def clear(self) -> None:
+        """Forget the batch."""
 
     def __call__(self) -> Tensor:
         """Return the loss of that batch at the present weights."""
@@ -107,7 +110,8 @@ class ALSALS(torch.optim.Optimizer):
             search (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
         slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
             `"finite_difference"`; see [`Line`].
-        direction (`type[Direction]`, defaults to `AdamDirection`): The direction.
+        direction (`str` or `type[Direction]`, defaults to `"adam"`): The direction: `"adam"`, `"muon"`, `"lamb"`,
+            `"adafactor"`, `"lion"`, or a class of your own.
         options: Options of the line search: `c`, `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size` and
             `search_interval`. Their meanings and defaults are those of `LINE_SEARCHES[growth]` and its parts.
 
@@ -164,13 +168,16 @@ class ALSALS(torch.optim.Optimizer):
         *,
         growth: str | LineSearch = "path",
         slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
-        direction: type[Direction] = AdamDirection,
+        direction: str | type[Direction] = "adam",
         **options: Any,
     ) -> None:
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
-        if not (isinstance(direction, type) and issubclass(direction, Direction) and hasattr(direction, "name")):
-            raise TypeError(f"direction must be a subclass of Direction with a name, got {direction!r}.")
+        direction = direction_of(direction)
+        if slope == "preconditioned" and not direction.has_momentum_apart:
+            raise ValueError(
+                f'slope must be "exact" or "finite_difference" along {direction.description}, got {slope!r}.'
+            )
         if isinstance(lr, (int, float)) and 0 < lr < 0.1:
             warnings.warn(
                 f"ALSALS: lr multiplies the step size that is found, and {lr:g} makes it much smaller: leave it out, "
@@ -290,7 +297,8 @@ class ALSALS(torch.optim.Optimizer):
             closure (`Callable[[], Tensor]`): Returns the loss of the batch that the gradients came from, a scalar.
                 It is called under `no_grad`, without a backward pass. Without `loss` it may also zero the gradients
                 and compute them anew, as in torch.optim; each probe then has a backward pass too. Optional after
-                `set_closure`.
+                `set_closure`; if a [`LossReplay`] was set there, it is called once, for loss and gradients, records
+                what it does, and the probes are the replay's.
             loss (`Tensor` or `float`, *optional*): The loss that the gradients came from; the closure is called for it
                 if left out.
 
@@ -400,6 +408,13 @@ class ALSALS(torch.optim.Optimizer):
         self.search = dataclasses.replace(self.search, searched=False, probes=0, nonfinite_probes=0)
         if closure is not None:
             _check_closure(closure)
+            if loss is None and _is_replayed(pending.closure):
+                try:
+                    self._compute(closure, is_accumulated=True)  # it records what the probes repeat
+                except BaseException:
+                    pending.closure.clear()
+                    raise
+                return pending._replace(loss=pending.closure.take_loss())
             return pending._replace(closure=closure, loss=loss)
         if _is_replayed(pending.closure):
             if not pending.closure.is_ready and self._may_make_state():
@@ -423,6 +438,23 @@ class ALSALS(torch.optim.Optimizer):
 
     def _start_of(self, closure: Closure) -> tuple[Tensor | float, Closure]:
         """Return the loss at the start, and the closure for probes; it may compute gradients, as in torch.optim."""
+        loss = self._compute(closure)
+        if not self._closure_has_backward:
+            return loss, closure
+
+        def probe() -> Tensor | float:
+            with torch.enable_grad():
+                return closure()
+
+        return loss.detach() if isinstance(loss, Tensor) else loss, probe
+
+    def _compute(self, closure: Closure, is_accumulated: bool = False) -> Tensor | float:
+        """Return the loss of a closure that may compute gradients, and see that they are those of its loss.
+
+        Args:
+            closure (`Callable[[], Tensor]`): The closure.
+            is_accumulated (`bool`, defaults to `False`): Whether it may add to gradients that were there.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
         # _version counts changes in place; private, but torch.autograd's own messages name it (torch 2.6 to 2.13).
         before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
@@ -433,14 +465,15 @@ class ALSALS(torch.optim.Optimizer):
 
         handles = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
         try:
-            loss = self._call_first(closure)
+            with torch.set_grad_enabled(is_accumulated or self._closure_has_backward):
+                loss = closure() if is_accumulated else self._call_first(closure)
         finally:
             for handle in handles:
                 handle.remove()
         after = [p.grad for p in params]
         fresh = [new is not None and (old is None or new is not old[0]) for old, new in zip(before, after)]
         # With fresh gradients, one that was left alone is of another loss too.
-        if any(
+        if not is_accumulated and any(
             old is not None and new is old[0] and (any(fresh) or new._version != old[1])
             for old, new in zip(before, after)
         ):
@@ -454,24 +487,16 @@ class ALSALS(torch.optim.Optimizer):
                 f"they are not those of its loss: {GRADIENTS_BEFORE}, and tell set_clip_coef() of clipping."
             )
         self._closure_has_backward = any(fresh)
-        if not self._closure_has_backward:
-            return loss, closure
-
-        def probe() -> Tensor | float:
-            with torch.enable_grad():
-                return closure()
-
-        return loss.detach() if isinstance(loss, Tensor) else loss, probe
+        return loss
 
     def _call_first(self, closure: Closure) -> Tensor | float:
-        with torch.set_grad_enabled(self._closure_has_backward):
-            try:
+        try:
+            return closure()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            with torch.enable_grad():
                 return closure()
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
-                    raise
-                with torch.enable_grad():
-                    return closure()
 
     def _read_start(
         self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float, total_norm: Tensor | None

@@ -31,6 +31,7 @@ LINE_SEARCHES: dict[str, LineSearch] = {
 # package salsa-optimizer 0.1.0.
 PRESETS: dict[str, dict[str, Any]] = {
     "alsals": {"growth": "path"},
+    "alsals_muon": {"growth": "path", "direction": "muon"},
     "alsals_paper": {"growth": "constant", "growth_factor": 1 / 0.999},
     "salsa": {
         "growth": "constant",

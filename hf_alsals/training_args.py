@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .loss_replay import check_probe_micro_batches
+from .loss_replay import check_count
 from .mixin_base import ArgumentsMixinBase
 from .optimizer import ALSALS, check_hyperparameters
 from .presets import LINE_SEARCHES, PRESETS, line_search_of
@@ -121,7 +121,7 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
 
     Args:
         optim (`str`, defaults to the Trainer's own default): One of the Trainer's optimizers, or `"alsals"`,
-            `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
+            `"alsals_muon"`, `"alsals_paper"`, `"salsa"`, `"adam_sls"`.
         optim_args (`str`, *optional*): Options of the line search, as in `"c=0.5,growth_factor=1.02"`: those of
             [`ALSALS`] and `probe_micro_batches` of [`LossReplay`].
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
@@ -198,7 +198,7 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
             return
         options = self._read_optim_args()
         try:
-            check_probe_micro_batches(options.pop("probe_micro_batches", None))
+            check_count("probe_micro_batches", options.pop("probe_micro_batches", None))
             ALSALS([torch.empty(0)], **(PRESETS[optim] | options))
         except (TypeError, ValueError) as error:
             raise ValueError(f"optim_args: {error}") from error
@@ -247,7 +247,7 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
             options["probe_micro_batches"] = None
         # An unknown growth is named later, with its value.
         search = LINE_SEARCHES.get(options.get("growth", "")) or line_search_of(PRESETS[self.optim]["growth"])
-        names = ["growth", "slope", "probe_micro_batches", *search.options]
+        names = ["growth", "slope", "direction", "probe_micro_batches", *search.options]
         for key in options:
             if key not in names:
                 raise ValueError(f"optim_args has the unknown key {key!r}: {self.optim} takes {', '.join(names)}.")

@@ -92,10 +92,52 @@ def test_some_micro_batches_stand_for_all(probed, model):
     assert replay.loss.item() == pytest.approx(replay().item())
 
 
+@pytest.mark.parametrize("name", ["probe_micro_batches", "gradient_accumulation_steps"])
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])
-def test_at_least_one_micro_batch_is_probed(value, error, model):
-    with pytest.raises(error, match=f"probe_micro_batches must be an int of at least 1, got {value!r}"):
-        LossReplay(model, Accelerator(cpu=True), probe_micro_batches=value)
+def test_numbers_of_micro_batches_are_at_least_one(name, value, error, model):
+    with pytest.raises(error, match=f"{name} must be an int of at least 1, got {value!r}"):
+        LossReplay(model, **{name: value})
+
+
+def test_an_accelerator_has_its_own_accumulation(model):
+    with pytest.raises(ValueError, match="must be left out where there is an accelerator, which has its own, got 2"):
+        LossReplay(model, Accelerator(cpu=True), gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_loop_without_accelerate_is_that_with_it_to_the_bit(accumulation):
+    runs = []
+    for has_accelerator in (True, False):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model = NoisyModel().train()
+        alsals = ALSALS(model.parameters(), search_interval=1)
+        accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True) if has_accelerator else None
+        if accelerator is None:
+            replay = LossReplay(model, gradient_accumulation_steps=accumulation)
+        else:
+            replay = LossReplay(model, accelerator)
+            optimizer = accelerator.prepare(alsals)
+        alsals.set_closure(replay)
+        seen = []
+        for i in range(4 * accumulation):
+            x = torch.randn(8, 4)
+            if accelerator is not None:
+                with accelerator.accumulate(model):
+                    accelerator.backward(replay.record(model, x))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            else:
+                (replay.record(model, x) / accumulation).backward()
+                if i % accumulation == accumulation - 1:
+                    assert len(replay.micro_batches) == accumulation
+                    alsals.step()
+                    alsals.zero_grad()
+            seen.append((alsals.step_size, alsals.search.actual_reduction))
+        runs.append((seen, [p.detach() for p in model.parameters()], model.calls, generators()))
+    assert runs[0][0] == runs[1][0]
+    assert alsals.search.total_probes >= 4
+    torch.testing.assert_close(runs[0][1:3], runs[1][1:3], rtol=0, atol=0)
+    assert runs[0][3] == runs[1][3]
 
 
 def test_buffers_that_begin_to_move_later_are_left_alone_too(model):
@@ -198,3 +240,26 @@ def test_a_state_dict_is_loaded_as_torch_distributed_does_after_the_closure_is_s
     assert loaded.search == trained.search
     for p in model.parameters():
         assert all(torch.equal(value, loaded.state[p][name]) for name, value in trained.state[p].items())
+
+
+def test_without_accelerate_more_micro_batches_than_a_step_has_are_refused(model):
+    replay = LossReplay(model, gradient_accumulation_steps=2)
+    for _ in range(2):
+        replay.record(model, torch.randn(8, 4))
+    with pytest.raises(RuntimeError, match="has 2 micro-batches that no optimizer step was taken with"):
+        replay.record(model, torch.randn(8, 4))
+    replay.clear()
+    replay.record(model, torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_probe_is_in_autocast_if_training_was(outside):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 64)
+    replay = LossReplay(linear)
+    x = torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not outside):
+        loss = replay.record(lambda: linear(x).float().square().mean())
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        assert replay() == loss
+    assert loss != linear(x).square().mean() or outside

@@ -32,6 +32,9 @@ class Replay:
         self.is_taken = True
         return self.loss
 
+    def clear(self):
+        self.is_taken = True
+
     def __call__(self):
         return self.closure()
 
@@ -150,14 +153,47 @@ def test_a_loss_given_to_step_wins_over_that_of_the_replay_which_counts_as_taken
     assert replay.is_taken
 
 
-def test_a_closure_given_to_step_wins_over_the_replay_which_stays():
+def test_a_closure_given_to_step_with_its_loss_wins_over_the_replay_which_stays():
     w, replay = with_gradient(single([1.0])), Replay()
     optimizer = ConstantALSALS([w])
     optimizer.set_closure(replay)
     replay.record(lambda: pytest.fail("the replay was called"), 17.0)
-    assert optimizer.step(lambda: w.sum()) == 1.0
+    assert optimizer.step(lambda: w.sum(), 1.0) == 1.0
     assert not replay.is_taken
     assert optimizer.pending.closure is replay
+
+
+def test_a_closure_given_to_step_is_called_once_where_there_is_a_replay_which_is_probed():
+    w, replay, calls = single([1.0]), Replay(), []
+    optimizer = ConstantALSALS([w], initial_step_size=0.5)
+    optimizer.set_closure(replay)
+    w.grad = torch.ones_like(w)  # of an earlier micro-batch
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        loss = w.sum()
+        replay.record(lambda: 3 * w.sum(), 3.0)
+        (2 * loss).backward()
+        return loss
+
+    assert optimizer.step(closure) == 3.0
+    assert calls == [True]
+    assert optimizer.search.slope == pytest.approx(3.0)
+    assert (optimizer.probes, w.item()) == (1, pytest.approx(0.5))
+
+
+def test_what_a_closure_has_recorded_is_forgotten_if_it_raises():
+    w, replay = single([1.0]), Replay()
+    optimizer = ConstantALSALS([w])
+    optimizer.set_closure(replay)
+
+    def closure():
+        replay.record(lambda: w.sum(), 1.0)
+        raise KeyError("out of memory")
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert replay.is_taken
 
 
 def test_a_plain_closure_takes_the_place_of_the_replay():

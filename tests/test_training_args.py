@@ -41,7 +41,7 @@ def test_presets_are_accepted_from_python_and_from_the_command_line(preset, cls,
     ):
         assert args.optim == preset
         assert args.learning_rate == 1.0
-        assert args.lr_scheduler_type == ("warmup_stable_decay" if preset == "alsals" else "constant")
+        assert args.lr_scheduler_type == ("warmup_stable_decay" if preset in ("alsals", "alsals_muon") else "constant")
         assert args.to_dict()["optim"] == preset
 
 
@@ -168,7 +168,7 @@ def test_a_bad_optim_arg_is_named_before_training(optim_args, message, tmp_path)
 def test_an_unknown_option_is_named_with_all_that_there_are(preset, tmp_path):
     options = line_search_of(PRESETS[preset]["growth"]).options
     assert set(options) == set(VALUES)
-    names = ", ".join(["growth", "slope", "probe_micro_batches", *options])
+    names = ", ".join(["growth", "slope", "direction", "probe_micro_batches", *options])
     with pytest.raises(ValueError, match=rf"unknown key 'momentum': {preset} takes {names}\.$"):
         AlsalsTrainingArguments(str(tmp_path), optim=preset, optim_args="c=0.5,momentum=0.9")
 
@@ -195,7 +195,9 @@ def test_optim_args_that_are_not_text_are_refused(tmp_path):
 
 
 def test_an_unknown_optimizer_is_named_with_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match=r"optim must be one of alsals, alsals_paper, salsa, adam_sls or .*'alsal'"):
+    with pytest.raises(
+        ValueError, match=r"optim must be one of alsals, alsals_muon, alsals_paper, salsa, adam_sls or .*'alsal'"
+    ):
         AlsalsTrainingArguments(str(tmp_path), optim="alsal")
 
 

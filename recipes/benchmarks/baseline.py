@@ -1,8 +1,10 @@
-"""Run a recipe with an optimizer of the package pytorch_optimizer, which transformers has no `--optim` for.
+"""Run a recipe with an optimizer that transformers has no `--optim` for: one of pytorch_optimizer, or Muon.
 
-Its learning rate is that of the flags:
+Its learning rate is that of the flags. Torch's Muon is for hidden matrices; the rest is AdamW's, whose rate is in
+`--optim_args`:
 
     python recipes/benchmarks/baseline.py Lamb recipes/run_mlm.py --learning_rate 1e-2 --output_dir out
+    python recipes/benchmarks/baseline.py Muon recipes/run_mlm.py --learning_rate 1e-2 --optim_args 1e-3
 """
 
 import os
@@ -11,19 +13,66 @@ import sys
 from typing import Any
 
 import pytorch_optimizer
+import torch
 
 from hf_alsals import AlsalsTrainer
+from hf_alsals.optimizer_direction import set_hidden_matrices
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices of a model, AdamW for all other parameters.
+
+    The weights of a convolution are a matrix with a row for each output.
+
+    Args:
+        model (`nn.Module`): The model.
+        lr, rest_lr (`float`): The learning rates of Muon and of AdamW.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float, rest_lr: float) -> None:
+        groups = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        set_hidden_matrices(groups, model)
+        self.hidden = [p for p in groups.param_groups[0]["params"] if p.ndim >= 2]
+        ids = {id(p) for p in self.hidden}
+        rest = [p for group in groups.param_groups for p in group["params"] if id(p) not in ids]
+        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.hidden]  # of the same memory
+        self.parts = [
+            torch.optim.Muon(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Take a step of both."""
+        for p, matrix in zip(self.hidden, self.matrices, strict=True):
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]  # which the schedule moves
+            part.step()
 
 
 def main() -> None:
-    if len(sys.argv) < 3 or not hasattr(pytorch_optimizer, sys.argv[1]):
-        sys.exit("usage: baseline.py OPTIMIZER RECIPE [FLAGS], with an optimizer of pytorch_optimizer, such as Lamb.")
+    if len(sys.argv) < 3 or not (sys.argv[1] == "Muon" or hasattr(pytorch_optimizer, sys.argv[1])):
+        sys.exit(
+            "usage: baseline.py OPTIMIZER RECIPE [FLAGS], with Muon or an optimizer of pytorch_optimizer, as Lamb."
+        )
     _, name, *sys.argv = sys.argv
 
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         return getattr(pytorch_optimizer, name), {"lr": args.learning_rate}
 
-    AlsalsTrainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    def create_optimizer(trainer: Any, model: Any = None) -> torch.optim.Optimizer:
+        args = trainer.args
+        trainer.alsals, trainer.optimizer = (
+            None,
+            MuonAndAdamW(trainer.model, args.learning_rate, float(args.optim_args)),
+        )
+        return trainer.optimizer
+
+    if name == "Muon":
+        AlsalsTrainer.create_optimizer = create_optimizer
+    else:
+        AlsalsTrainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))  # the recipes import what lies beside them
     runpy.run_path(sys.argv[0], run_name="__main__")
 

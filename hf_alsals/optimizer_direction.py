@@ -1,0 +1,205 @@
+"""The directions of other optimizers: what their step of learning rate 1 would subtract from the weights."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .adam import AdamDirection
+from .direction import Chunk, Direction, state_dtype
+from .shards import grad_of
+
+# Of the optimizer's own state among ours, and the steps that those of pytorch_optimizer count in their groups.
+_PREFIX = "optimizer_"
+_STEPS = "steps_of_group"
+
+
+class OptimizerDirection(Direction):
+    """The step of an optimizer that is proportional to its learning rate, as a direction.
+
+    For each parameter the optimizer takes a step of learning rate 1 without weight decay on a copy, and what that
+    subtracts is kept: one tensor more than the optimizer's own state. Which optimizer, a subclass says.
+    """
+
+    buffer_names = ("direction",)
+    has_momentum_apart = False
+
+    reads_weights: ClassVar[bool] = False  # else the copy is zeros, from which differences are exact
+
+    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of a parameter, at learning rate 1 and without weight decay.
+
+        Args:
+            p (`Tensor`): A copy of the parameter, with its gradient.
+            group (`dict`): Its parameter group.
+        """
+        raise NotImplementedError
+
+    def shape_of(self, p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape that the optimizer sees a parameter in; by default its own."""
+        return tuple(p.shape)
+
+    def accumulate(self, chunk: Chunk) -> None:
+        """Do nothing: the optimizer has taken in the gradients of whole parameters."""
+
+    def tensors(self, chunk: Chunk, momentum: bool = True) -> list[Tensor]:
+        """Return the pieces of the direction, momentum included."""
+        return chunk.buffers["direction"]
+
+    def _cut(self, group: dict[str, Any], params: list[Tensor]) -> list[Chunk]:
+        for p in params:
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    f"{self.description} needs whole parameters, got a shard (FSDP2): use DDP, or Adam's."
+                )
+        chunks = super()._cut(group, params)
+        for p in params:
+            self.state[p]["direction"].copy_(self._direction_of(p, group))
+        return chunks
+
+    def _direction_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        start = p.detach().to(state_dtype(p)) if self.reads_weights else torch.zeros_like(p, dtype=state_dtype(p))
+        shape = self.shape_of(p, group)
+        copy = start.reshape(shape).clone().requires_grad_()
+        copy.grad = grad_of(p).to(copy.dtype).reshape(shape)
+        optimizer = self.optimizer_of(copy, group)
+        state = self.state[p]
+        own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        if own:
+            if isinstance(own.get("step"), Tensor):
+                own["step"] = own["step"].cpu()  # wherever a checkpoint has been loaded to
+            optimizer.state[copy] = own
+        (its_group,) = optimizer.param_groups
+        if _STEPS in state:
+            its_group["step"] = state[_STEPS]
+        optimizer.step()
+        state.update({_PREFIX + name: value for name, value in optimizer.state[copy].items()})
+        if "step" in its_group:
+            state[_STEPS] = its_group["step"]
+        return start - copy.detach().view_as(start)
+
+
+class LionDirection(OptimizerDirection):
+    """Lion's direction, the sign of its momentum (arXiv 2302.06675); the package pytorch_optimizer does the work."""
+
+    name = "lion"
+    description = "Lion's direction"
+
+    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return Lion with its own betas, (0.9, 0.99)."""
+        return _from_pytorch_optimizer("Lion", self.name)([p], lr=1.0, weight_decay=0.0)
+
+
+class LambDirection(OptimizerDirection):
+    """LAMB's direction, trust ratios included (arXiv 1904.00962); the package pytorch_optimizer does the work."""
+
+    name = "lamb"
+    description = "LAMB's direction"
+    reads_weights = True
+
+    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return LAMB with the betas and eps of the group."""
+        lamb = _from_pytorch_optimizer("Lamb", self.name)
+        return lamb([p], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
+
+
+class AdafactorDirection(OptimizerDirection):
+    """Adafactor's direction as the Trainer's `--optim adafactor` has it (arXiv 1804.04235), by transformers' class."""
+
+    name = "adafactor"
+    description = "Adafactor's direction"
+
+    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return Adafactor without a learning rate of its own."""
+        from transformers import Adafactor  # the optimizer alone does not need transformers
+
+        return Adafactor([p], lr=1.0, scale_parameter=False, relative_step=False)
+
+
+class MuonDirection(OptimizerDirection):
+    """Muon's direction for hidden matrices, Adam's for all other parameters.
+
+    A matrix moves along its orthogonalized momentum (`torch.optim.Muon`, torch 2.9 or newer), scaled so that its root
+    mean square is 0.2, as Adam's is (arXiv 2502.16982, `match_rms_adamw`). The weights of a convolution are a matrix
+    with a row for each output. Which matrices are hidden ones the tensors do not say: a parameter group with
+    `"muon": False` holds embeddings and the head. The Trainer makes it.
+    """
+
+    name = "muon"
+    description = "Muon's direction"
+
+    def shape_of(self, p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+        """Return two dimensions for what moves along Muon's direction, else the parameter's own."""
+        return (len(p), p.numel() // len(p)) if _is_hidden_matrix(p, group) else tuple(p.shape)
+
+    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return Muon for a hidden matrix, else AdamW with the betas and eps of the group."""
+        if _is_hidden_matrix(p, group):
+            if not hasattr(torch.optim, "Muon"):
+                raise ImportError(f"direction=muon needs torch 2.9 or newer, got {torch.__version__}.")
+            return torch.optim.Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        return torch.optim.AdamW([p], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
+
+
+def _is_hidden_matrix(p: Tensor, group: dict[str, Any]) -> bool:
+    return p.ndim >= 2 and p.numel() > 0 and group.get("muon", True)
+
+
+def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Put what are no hidden matrices into parameter groups of their own, with `"muon": False`.
+
+    Hidden matrices are the weights of linear layers and convolutions, but for heads: output embeddings, and linear
+    layers of as many outputs as the config has tokens or labels.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): The optimizer of the model, before its first step.
+        model (`nn.Module`): The model.
+    """
+    config, output = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
+    sizes = {getattr(config, name, None) for name in ("vocab_size", "num_labels")}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    hidden = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D"
+        if module is not output and getattr(module, "out_features", None) not in sizes - {None}
+    } - embeddings
+    for group in list(optimizer.param_groups):
+        others = [p for p in group["params"] if p.ndim > 1 and id(p) not in hidden]
+        if others and group.get("muon", True):
+            group["params"] = [p for p in group["params"] if p.ndim <= 1 or id(p) in hidden]
+            optimizer.add_param_group({**group, "params": others, "muon": False})
+
+
+def _from_pytorch_optimizer(name: str, direction: str) -> Any:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ImportError(f"direction={direction} needs the package pytorch_optimizer: pip install it.") from error
+    return getattr(pytorch_optimizer, name)
+
+
+DIRECTIONS: dict[str, type[Direction]] = {
+    direction.name: direction
+    for direction in (AdamDirection, MuonDirection, LambDirection, AdafactorDirection, LionDirection)
+}
+
+
+def direction_of(direction: str | type[Direction]) -> type[Direction]:
+    """Return a direction by its name.
+
+    Args:
+        direction (`str` or `type[Direction]`): A name in `DIRECTIONS`, or a class of your own.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the name is unknown.
+    """
+    if isinstance(direction, str):
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        return DIRECTIONS[direction]
+    if not (isinstance(direction, type) and issubclass(direction, Direction) and hasattr(direction, "name")):
+        raise TypeError(f"direction must be a name or a subclass of Direction with a name, got {direction!r}.")
+    return direction

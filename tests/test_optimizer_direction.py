@@ -1,0 +1,232 @@
+import copy
+
+import pytest
+import torch
+from pytorch_optimizer import Lamb, Lion
+from small_problems import assert_identical, make_net, net_loss, parameter_group, single, through_torch_save, train
+from tiny_training import Sequences, arguments, gpt2
+from torch import nn
+from transformers import Adafactor, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_alsals import ALSALS, AlsalsTrainer
+from hf_alsals.line_profile import LineProfile
+from hf_alsals.optimizer_direction import (
+    AdafactorDirection,
+    LambDirection,
+    LionDirection,
+    MuonDirection,
+    OptimizerDirection,
+    set_hidden_matrices,
+)
+
+RATE = 0.01
+
+
+class MuonAndAdamW:
+    """Muon for matrices, and for the weights of convolutions as matrices; AdamW for the rest."""
+
+    def __init__(self, params):
+        self.views = {p: nn.Parameter(p.detach().flatten(1)) for p in params if p.ndim >= 2}  # of the same memory
+        self.muon = torch.optim.Muon(self.views.values(), lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW([p for p in params if p.ndim < 2], lr=RATE, weight_decay=0.0)
+
+    def step(self):
+        for p, view in self.views.items():
+            view.grad = p.grad.flatten(1)
+        self.muon.step(), self.adamw.step()
+
+
+LIBRARY = {
+    LionDirection: lambda params: [Lion(params, lr=RATE, weight_decay=0.0)],
+    LambDirection: lambda params: [Lamb(params, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)],
+    AdafactorDirection: lambda params: [Adafactor(params, lr=RATE, scale_parameter=False, relative_step=False)],
+    MuonDirection: lambda params: [MuonAndAdamW(params)],
+}
+
+
+def matrices(dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10,), (8, 3), (), (2, 3, 4)]
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+
+
+def gradients(params, k):
+    generator = torch.Generator().manual_seed(k)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype) + 0.3 * p.detach()
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+@pytest.mark.parametrize("is_searched", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_at_a_constant_step_size_it_is_the_librarys_optimizer(kind, is_searched, weight_decay):
+    ours, theirs = matrices(), matrices()
+    library, state = LIBRARY[kind](theirs), {p: {} for p in ours}
+    for k in range(8):
+        gradients(ours, k), gradients(theirs, k)
+        starts = [p.detach().clone() for p in ours]
+        grads = [p.grad.clone() for p in ours]
+        direction = kind([parameter_group(ours, weight_decay=weight_decay)], state)
+        with torch.no_grad():
+            if is_searched:
+                (slope,) = direction.first_move(RATE)
+                moved = [start - p for start, p in zip(starts, ours)]
+                assert slope.item() == pytest.approx(
+                    sum((g * d).sum().item() for g, d in zip(grads, moved)) / RATE, rel=1e-4
+                )
+                direction.move(0.3)
+            direction.step(RATE)
+        for optimizer in library:
+            optimizer.step()
+        with torch.no_grad():
+            for p, start in zip(theirs, starts):
+                p.sub_(RATE * weight_decay * start)
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LIBRARY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_their_direction_in_float32_at_least(kind, dtype):
+    params, wide = matrices(dtype), [nn.Parameter(p.detach().float()) for p in matrices(dtype)]
+    direction, other = (kind([parameter_group(group)], {p: {} for p in group}) for group in (params, wide))
+    gradients(params, 0)
+    for p, q in zip(params, wide):
+        q.grad = p.grad.float()
+    direction.update(), other.update()
+    for p, q in zip(params, wide):
+        kept = direction.state[p]["direction"]
+        assert kept.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(kept, other.state[q]["direction"], rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["muon", "lamb", "adafactor", "lion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_resumes_bit_for_bit(name, dtype):
+    net = make_net(dtype)
+    optimizer = ALSALS(net.parameters(), direction=name, search_interval=2)
+    train(net, optimizer, range(6))
+    saved, weights = through_torch_save(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    history = train(net, optimizer, range(6, 14))
+    again = make_net(dtype)
+    again.load_state_dict(weights)
+    resumed = ALSALS(again.parameters(), direction=name, search_interval=2)
+    resumed.load_state_dict(saved)
+    assert train(again, resumed, range(6, 14)) == history
+    assert_identical(dict(again.state_dict()), dict(net.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["muon", "lamb", "adafactor", "lion"])
+def test_the_search_trains_along_it(name):
+    net = make_net(torch.float32)
+    history = train(net, ALSALS(net.parameters(), direction=name), range(300))
+    first, last = (sum(loss for _, loss in part) for part in (history[:10], history[-10:]))
+    assert last < 0.5 * first
+    assert net_loss(net, 0) < 0.05
+
+
+def test_a_muon_step_has_the_root_mean_square_of_adams():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(64, 256))
+    p.grad = torch.randn(64, 256)
+    direction = MuonDirection([parameter_group([p])], {p: {}})
+    direction.update()
+    assert direction.state[p]["direction"].square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
+
+
+def groups_after(model):
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = ALSALS([{"params": decayed, "weight_decay": 0.1}, {"params": others}], direction="muon")
+    set_hidden_matrices(optimizer, model)
+    names = {p: name for name, p in model.named_parameters()}
+    return [(g.get("muon", True), g["weight_decay"], [names[p] for p in g["params"]]) for g in optimizer.param_groups]
+
+
+def test_embeddings_and_heads_are_left_to_adam():
+    size = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 16, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    hidden, rest, apart = groups_after(GPT2LMHeadModel(GPT2Config(**size)))
+    assert apart == (False, 0.1, ["transformer.wte.weight", "transformer.wpe.weight"])  # the head is tied
+    assert hidden[:2] == (True, 0.1)
+    assert len(hidden[2]) == 4
+    assert rest[:2] == (True, 0.0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **size))
+    hidden, _, apart = groups_after(bert)
+    embeddings = [f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")]
+    assert apart == (False, 0.1, [*embeddings, "classifier.weight"])
+    assert "bert.pooler.dense.weight" in hidden[2]
+
+
+def test_only_the_weights_of_layers_are_hidden_matrices_and_groups_are_split_once():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+            self.position = nn.Parameter(torch.zeros(1, 9, 4))
+            self.experts = nn.Parameter(torch.zeros(2, 4, 4))
+
+    model = Model()
+    optimizer = ALSALS(model.parameters(), direction="muon")
+    for _ in range(2):
+        set_hidden_matrices(optimizer, model)
+        apart = [group["params"] for group in optimizer.param_groups if not group.get("muon", True)]
+        assert len(optimizer.param_groups) == 2
+        assert [id(p) for p in apart[0]] == [id(model.position), id(model.experts)]
+
+
+def test_training_twice_and_resuming_with_muon(tmp_path):
+    args = arguments(tmp_path, optim="alsals_muon", save_strategy="steps", save_steps=3)
+    trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    again = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    first = [p.detach() for p in trainer.model.parameters()]
+    assert_identical([p.detach() for p in again.model.parameters()], first)
+
+
+def test_the_line_profile_draws_along_any_direction():
+    net = make_net(torch.float32)
+    optimizer = ALSALS(net.parameters(), direction="lamb")
+    train(net, optimizer, range(3))
+    net.zero_grad()
+    loss = net_loss(net, 3)
+    loss.backward()
+    profile = LineProfile(optimizer, lambda: net_loss(net, 3))
+    assert profile.slope > 0
+
+
+def test_what_muon_cannot_do_is_said(monkeypatch):
+    with pytest.raises(ValueError, match='slope must be "exact" or "finite_difference" along Muon\'s direction'):
+        ALSALS([single([1.0])], direction="muon", slope="preconditioned")
+    with pytest.raises(ValueError, match="direction must be one of adam, muon, lamb, adafactor, lion, got 'sgd'"):
+        ALSALS([single([1.0])], direction="sgd")
+    monkeypatch.delattr(torch.optim, "Muon")
+    w = single([[1.0]])
+    w.grad = torch.ones_like(w)
+    with pytest.raises(ImportError, match=r"direction=muon needs torch 2\.9 or newer, got "):
+        MuonDirection([parameter_group([w])], {w: {}}).update()
+
+
+def test_a_direction_of_an_optimizer_of_ones_own():
+    class SGDDirection(OptimizerDirection):
+        name = "sgd"
+        description = "the gradient"
+
+        def optimizer_of(self, p, group):
+            return torch.optim.SGD([p], lr=1.0, momentum=0.9)
+
+    net, other = make_net(torch.float32), make_net(torch.float32)
+    optimizer = ALSALS(
+        net.parameters(), direction=SGDDirection, growth="constant", growth_factor=1.0, c=1e-9, initial_step_size=0.01
+    )
+    sgd = torch.optim.SGD(other.parameters(), lr=0.01, momentum=0.9)
+    train(net, optimizer, range(20))
+    for k in range(20):
+        sgd.zero_grad()
+        net_loss(other, k).backward()
+        sgd.step()
+    assert optimizer.step_size == 0.01
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
