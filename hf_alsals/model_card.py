@@ -1,6 +1,7 @@
 """What a model card says of a run: its results, and how its step size was found."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
     ]
     options += [f"growth {growth.name}", f"slope {alsals.slope_method}"]
     rows = {
+        "script": os.path.basename(sys.argv[0]),
         "optimizer": f"`{optim}`" if optim in PRESETS else "ALSALS",
         "options": ", ".join(options),
         "last step size": f"{alsals.step_size:.4g}",

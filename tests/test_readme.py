@@ -43,7 +43,11 @@ def test_it_is_read_in_three_minutes_and_in_this_order():
 
 @pytest.mark.parametrize(
     ("page", "heading", "optimizer"),
-    [(README, "PyTorch, Accelerate, several GPUs", "optimizer"), (METHOD, "An Accelerate loop", "alsals")],
+    [
+        (README, "PyTorch, Accelerate, several GPUs", "optimizer"),
+        (METHOD, "A loop with dropout and accumulation", "optimizer"),
+        (METHOD, "An Accelerate loop", "alsals"),
+    ],
 )
 def test_the_loops_learn_what_they_are_taught(page, heading, optimizer):
     torch.manual_seed(0)
@@ -56,7 +60,7 @@ def test_the_loops_learn_what_they_are_taught(page, heading, optimizer):
 def test_the_option_tables_have_every_option_and_its_defaults():
     path, constant = LINE_SEARCHES["path"].options, LINE_SEARCHES["constant"].options
     rows = option_rows(METHOD)
-    assert set(path) == set(constant) == set(rows) - {"growth", "slope", "probe_micro_batches"}
+    assert set(path) == set(constant) == set(rows) - {"growth", "direction", "slope", "probe_micro_batches"}
     for name in path:
         assert rows[name][:2] == [str(path[name]), str(constant[name])]
     shown = option_rows(README)
@@ -80,7 +84,7 @@ def test_links_into_a_page_lead_to_a_heading(page):
 def test_the_page_of_the_method_names_every_module():
     modules = {path.name for path in (ROOT / "hf_alsals").glob("*.py")}
     named = set(re.findall(r"\]\((\w+\.py)\)", METHOD))
-    assert modules - named == {"__init__.py", "checks.py", "cli.py", "mixin_base.py", "version.py"}
+    assert modules - named == {"__init__.py", "__main__.py", "checks.py", "mixin_base.py", "version.py"}
     assert hf_alsals.__doc__.startswith("ALSALS")
 
 
