@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from .run_script import ScriptError, run_script
+
 
 def main() -> None:
     """Do what the command line asks for: run a script, or write a page and print its path."""
@@ -27,8 +29,6 @@ def main() -> None:
     several.add_argument("--output", default="compare.html", help="the page to write (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "run":
-        from .run_script import ScriptError, run_script  # takes seconds
-
         try:
             run_script(args.script, args.script_args, args.module)
         except ScriptError as error:
@@ -38,7 +38,10 @@ def main() -> None:
 
 
 def _write_page(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    from .report import compare, report
+    from .report import (  # imports transformers, which a script that runs as it is may want to do itself
+        compare,
+        report,
+    )
 
     if args.command == "compare" and len(args.run_dirs) < 2:
         parser.error(f"run_dir must name two or more runs, got {args.run_dirs[0]!r}.")

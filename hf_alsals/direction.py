@@ -50,12 +50,11 @@ class Direction:
     """The direction `d` of an optimizer step: weights move along `-d`, whose slope is `<g, d>`.
 
     Creating one changes nothing. `update` updates the state from the gradients, and all else comes after it, but for
-    `step`, which also does both at once, in fewer passes over memory. A
-    subclass names its state tensors in `buffer_names` and says how they take in gradients (`accumulate`) and what the
-    direction
-    is (`tensors` over `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or
-    float16 moments stall or underflow. The direction must follow from them alone, for a search writes over the
-    gradients. Of a DTensor the local shard is moved.
+    `step` and `first_move`, which do both at once, in fewer passes over memory. A subclass names its state tensors in
+    `buffer_names` and says how they take in gradients (`accumulate`) and what the direction is (`tensors` over
+    `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or float16 moments stall or
+    underflow. The direction must follow from them alone, for a search writes over the gradients. Of a DTensor the
+    local shard is moved.
 
     Args:
         param_groups (`list[dict]`): The optimizer's parameter groups. `lr` and `weight_decay` are read here, the rest
@@ -64,7 +63,8 @@ class Direction:
 
     Attributes:
         name, description (`str`): Its name in checkpoints, and in words, for a model card.
-        has_momentum_apart (`bool`): Whether `slope(momentum=False)` is there.
+        has_momentum_apart, takes_shards (`bool`): Whether `slope(momentum=False)` is there, and whether parameters may
+            be DTensors.
         params (`list[Tensor]`): The parameters with a gradient.
         multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
             it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
@@ -77,6 +77,7 @@ class Direction:
     description: ClassVar[str]
     buffer_names: ClassVar[tuple[str, ...]] = ()
     has_momentum_apart: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = True
 
     def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         self.param_groups = param_groups
@@ -87,6 +88,10 @@ class Direction:
         self._moved: tuple[float, list[int]] | None = None
         if any(grad_of(p).is_sparse for p in self.params):
             raise RuntimeError("ALSALS takes dense gradients, got a sparse one: use sparse=False in the embedding.")
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise an ImportError that names what has to be installed, if anything is missing; nothing is by default."""
 
     def accumulate(self, chunk: Chunk) -> None:
         """Update the buffers of a chunk from its gradients."""

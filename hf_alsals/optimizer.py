@@ -128,6 +128,7 @@ class ALSALS(torch.optim.Optimizer):
         skipped_steps (`int`): Steps skipped for a loss or gradient that was not finite.
 
     Raises:
+        ImportError: If the direction needs a package, or a version of torch, that is not there.
         TypeError: If an argument or a parameter has the wrong type; complex parameters are not supported.
         ValueError: If an argument is out of its range.
 
@@ -174,6 +175,7 @@ class ALSALS(torch.optim.Optimizer):
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
         direction = direction_of(direction)
+        direction.check_installed()
         if slope == "preconditioned" and not direction.has_momentum_apart:
             raise ValueError(
                 f'slope must be "exact" or "finite_difference" along {direction.description}, got {slope!r}.'

@@ -24,6 +24,7 @@ class OptimizerDirection(Direction):
 
     buffer_names = ("direction",)
     has_momentum_apart = False
+    takes_shards = False
 
     reads_weights: ClassVar[bool] = False  # else the copy is zeros, from which differences are exact
 
@@ -86,6 +87,11 @@ class LionDirection(OptimizerDirection):
     name = "lion"
     description = "Lion's direction"
 
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise an ImportError if the package is missing."""
+        _from_pytorch_optimizer("Lion", cls.name)
+
     def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Lion with its own betas, (0.9, 0.99)."""
         return _from_pytorch_optimizer("Lion", self.name)([p], lr=1.0, weight_decay=0.0)
@@ -97,6 +103,11 @@ class LambDirection(OptimizerDirection):
     name = "lamb"
     description = "LAMB's direction"
     reads_weights = True
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise an ImportError if the package is missing."""
+        _from_pytorch_optimizer("Lamb", cls.name)
 
     def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return LAMB with the betas and eps of the group."""
@@ -129,6 +140,12 @@ class MuonDirection(OptimizerDirection):
     name = "muon"
     description = "Muon's direction"
 
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise an ImportError if torch is older."""
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"direction=muon needs torch 2.9 or newer, got {torch.__version__}.")
+
     def shape_of(self, p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
         """Return two dimensions for what moves along Muon's direction, else the parameter's own."""
         return (len(p), p.numel() // len(p)) if _is_hidden_matrix(p, group) else tuple(p.shape)
@@ -136,8 +153,6 @@ class MuonDirection(OptimizerDirection):
     def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Muon for a hidden matrix, else AdamW with the betas and eps of the group."""
         if _is_hidden_matrix(p, group):
-            if not hasattr(torch.optim, "Muon"):
-                raise ImportError(f"direction=muon needs torch 2.9 or newer, got {torch.__version__}.")
             return torch.optim.Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         return torch.optim.AdamW([p], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
 

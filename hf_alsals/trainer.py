@@ -17,7 +17,7 @@ from .checkpoint import CheckpointMixin
 from .failure_callback import FailureCallback
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, unwrap_alsals
-from .optimizer_direction import MuonDirection, set_hidden_matrices
+from .optimizer_direction import MuonDirection, direction_of, set_hidden_matrices
 from .plain_state import PlainState, plain_values
 from .presets import PRESETS
 from .publishing import PublishingMixin
@@ -112,10 +112,15 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        optimizer_cls, _ = self.optimizer_cls_and_kwargs or (None, None)
+        optimizer_cls, kwargs = self.optimizer_cls_and_kwargs or (None, {})
         watching: list[Any] = [StepSizeCallback]  # of AdamW too: runs are there to be compared
         if self.args.optim in PRESETS or isinstance(self.optimizer, ALSALS) or optimizer_cls is ALSALS:
-            refuse_unsupported(self)
+            if isinstance(self.optimizer, ALSALS):
+                direction = self.optimizer.direction
+            else:
+                given = kwargs if optimizer_cls is ALSALS else self.args.alsals_kwargs()
+                direction = direction_of(given.get("direction", "adam"))
+            refuse_unsupported(self, direction)
             watching.append(FailureCallback)
         for callback in watching:
             if not any(isinstance(one, callback) for one in self.callback_handler.callbacks):

@@ -200,7 +200,7 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
         try:
             check_count("probe_micro_batches", options.pop("probe_micro_batches", None))
             ALSALS([torch.empty(0)], **(PRESETS[optim] | options))
-        except (TypeError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(f"optim_args: {error}") from error
         if self.learning_rate is not None and self.learning_rate < 0.1:
             logger.warning(

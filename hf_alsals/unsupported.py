@@ -3,12 +3,15 @@
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
+from .direction import Direction
 
-def refuse_unsupported(trainer: Trainer) -> None:
+
+def refuse_unsupported(trainer: Trainer, direction: type[Direction]) -> None:
     """Raise if a Trainer is set up for something that the search cannot do.
 
     Args:
         trainer (`Trainer`): The Trainer, after its constructor.
+        direction (`type[Direction]`): The direction of its optimizer.
 
     Raises:
         ValueError: If it is; the message says what to do instead.
@@ -19,6 +22,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError("ALSALS does not run under DeepSpeed: use FSDP2 (fsdp_version 2) instead.")
     if trainer.is_fsdp_enabled and getattr(fsdp_plugin, "fsdp_version", 1) == 1:
         raise ValueError("ALSALS does not run under FSDP1, which flattens parameters: set fsdp_version to 2.")
+    if trainer.is_fsdp_enabled and not direction.takes_shards:
+        raise ValueError(f"{direction.description} needs whole parameters, not shards: use DDP, or direction=adam.")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"ALSALS does not run under torch.nn.DataParallel (one process, {trainer.args.n_gpu} GPUs): launch one "

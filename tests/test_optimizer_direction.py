@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny_training import Sequences, arguments, gpt2
 from torch import nn
 from transformers import Adafactor, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_alsals import ALSALS, AlsalsTrainer
+from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.line_profile import LineProfile
 from hf_alsals.optimizer_direction import (
     AdafactorDirection,
@@ -203,10 +204,14 @@ def test_what_muon_cannot_do_is_said(monkeypatch):
     with pytest.raises(ValueError, match="direction must be one of adam, muon, lamb, adafactor, lion, got 'sgd'"):
         ALSALS([single([1.0])], direction="sgd")
     monkeypatch.delattr(torch.optim, "Muon")
-    w = single([[1.0]])
-    w.grad = torch.ones_like(w)
     with pytest.raises(ImportError, match=r"direction=muon needs torch 2\.9 or newer, got "):
-        MuonDirection([parameter_group([w])], {w: {}}).update()
+        ALSALS([single([[1.0]])], direction="muon")
+    with pytest.raises(ValueError, match=r"optim_args: direction=muon needs torch 2\.9 or newer, got "):
+        AlsalsTrainingArguments(optim="alsals_muon")
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)  # importing it fails
+    for name in ("lamb", "lion"):
+        with pytest.raises(ImportError, match=f"direction={name} needs the package pytorch_optimizer"):
+            ALSALS([single([1.0])], direction=name)
 
 
 def test_a_direction_of_an_optimizer_of_ones_own():

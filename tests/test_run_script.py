@@ -152,22 +152,14 @@ def test_no_optimizer_of_the_trainers_own_is_taken_for_a_misspelled_one_of_ours(
         assert not difflib.get_close_matches(one.value, PRESETS, n=1, cutoff=0.75), one
 
 
-def test_two_processes_train_the_same_weights(tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "hf_alsals",
-    ]
-    flags = ["--output_dir", "out", "--optim", "alsals", *EVERY_STEP, *FLAGS, "--ddp_backend", "gloo"]
-    stderr = run(*launch, "run", SCRIPTS / "parsed.py", *flags, cwd=tmp_path)
+def test_two_processes_train_as_if_it_had_been_written_for_this_package(ours, tmp_path):
+    launch = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]]
+    flags = ["--optim", "alsals", *EVERY_STEP, *FLAGS, "--ddp_backend", "gloo"]
+    stderr = run(*launch, "-m", *RUN[2:], SCRIPTS / "parsed.py", "--output_dir", "one", *flags, cwd=tmp_path)
     assert line_of(stderr).startswith("Trainer trains with optim alsals")
-    assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "out" / "model.safetensors").values())
-    assert sum(entry.get("probes", 0) for entry in logs(tmp_path / "out")) >= 6
+    run(*launch, ours.parent / "script.py", "--output_dir", "other", *flags, cwd=tmp_path)
+    assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("one", "other")))
+    assert sum(entry.get("probes", 0) for entry in logs(tmp_path / "one")) >= 6
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "Reward", "GRPO"])
