@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from .optimizer import ALSALS, unwrap_alsals
+from .optimizer import ALSALS, KINDS, unwrap_alsals
 from .presets import PRESETS
 from .publishing import without_local_paths
 from .training_args import defaults_of
@@ -197,6 +197,13 @@ def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> 
         taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
         step_size_axes.plot(steps, [entry["step_size"] for entry in logs], ".-", label="step size (search)")
         step_size_axes.plot(steps, taken, ".--", label="times the schedule")
+        for number, kind in enumerate(KINDS, start=2):
+            low, median, high = (
+                [entry.get(f"step_size_{kind}{end}", math.nan) for entry in logs] for end in ("_q1", "", "_q3")
+            )
+            if not all(map(math.isnan, median)):
+                step_size_axes.plot(steps, median, color=f"C{number}", label=f"{kind}: median and quartiles")
+                step_size_axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2)
         for axes, name, label in zip(
             others,
             ("armijo_ratio", "probes"),

@@ -160,7 +160,7 @@ class Direction:
             `list[Tensor]`: The part of `<g, d>` of each of its pieces, a scalar.
         """
         self.accumulate(chunk)
-        products = self._products(chunk, momentum)
+        products = self.products(chunk, momentum)
         self.save_chunk(chunk)
         self._move(chunk, step_size, decay=0.0)
         return products
@@ -173,7 +173,7 @@ class Direction:
                 it is the preconditioned slope of arXiv 2407.20650.
         """
         return [
-            self._sum([product for chunk in chunks for product in self._products(chunk, momentum)], chunks)
+            self._sum([product for chunk in chunks for product in self.products(chunk, momentum)], chunks)
             for chunks in self._chunks
         ]
 
@@ -313,7 +313,13 @@ class Direction:
                     chunk.buffers[name].append(buffer)
         return chunks
 
-    def _products(self, chunk: Chunk, momentum: bool) -> list[Tensor]:
+    def products(self, chunk: Chunk, momentum: bool = True) -> list[Tensor]:
+        """Return the part of `<g, d>` of each piece of a chunk, a scalar.
+
+        Args:
+            chunk (`Chunk`): The chunk. With buffers of before `accumulate` `d` is the last step's direction.
+            momentum (`bool`, defaults to `True`): As `slope` takes it.
+        """
         tensors = self.tensors(chunk, momentum)
         products = []
         for grad, tensor, divisor, multiplier in zip(

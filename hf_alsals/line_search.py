@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .acceptance import Acceptance
 from .checks import check_number
 from .growth import Growth
 from .initial_search import InitialSearch
 from .interval import Interval, IntervalState, Never, interval_of
+from .path_growth import PathSlope
 
 
 class SearchLine(Protocol):
@@ -79,6 +80,8 @@ class LineSearch:
 
     A search probes the step size that `growth` says, then `decrease_factor` times that, and so on, until `acceptance`
     holds, or two probes in a row show the loss at step size 0, to the bit: a still smaller step would not show either.
+    Where `growth` finds the step size far too small and its first probe is accepted, a search doubles it, twice at
+    most, as long as the actual reduction is near the predicted one (forward tracking).
 
     It is a value: `step` takes a state and returns the next one, so that nothing has moved where a probe raises.
 
@@ -121,6 +124,9 @@ class LineSearch:
     initial_step_size: float = 0.1
     least_shrinkage: float | None = None
     retry_rejected: bool = True
+
+    max_doublings: ClassVar[int] = 2
+    least_doubled_ratio: ClassVar[float] = 0.7  # of actual to predicted reduction, before and after a doubling
 
     def __post_init__(self) -> None:
         check_number("decrease_factor", self.decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)")
@@ -195,32 +201,58 @@ class LineSearch:
         return self.growth.needs_path_slope and lr_fraction >= self.growth.least_lr_fraction
 
     def step(
-        self, state: SearchState, line: SearchLine, path_slope: float = math.nan, lr_fraction: float = 1.0
+        self,
+        state: SearchState,
+        line: SearchLine,
+        path_slope: float | PathSlope = math.nan,
+        lr_fraction: float = 1.0,
     ) -> SearchState:
-        """Return the state of the next optimizer step, whose `taken` is the step size to take.
+        """Return the state of the next optimizer step, whose `taken` is the step size to take; `follow` and `search`.
 
         Args:
             state (`SearchState`): The state of the last optimizer step.
             line (`SearchLine`): The loss along the direction of this one; it is asked only if a search is due.
-            path_slope (`float`, *optional*): `<g_k, w_0 - w_k>`. One that is not finite is left out.
-            lr_fraction (`float`, defaults to 1.0): Learning rate of this step as a fraction of its peak so far.
+            path_slope (`float` or `PathSlope`, *optional*): As `follow` takes it.
+            lr_fraction (`float`, defaults to 1.0): As `follow` takes it.
 
         Raises:
             Exception: What `line.probe` raises.
+        """
+        return self.search(self.follow(state, path_slope, lr_fraction), line)
+
+    def follow(
+        self, state: SearchState, path_slope: float | PathSlope = math.nan, lr_fraction: float = 1.0
+    ) -> SearchState:
+        """Return the state of the next optimizer step before any search.
+
+        Args:
+            state (`SearchState`): The state of the last optimizer step.
+            path_slope (`float` or `PathSlope`, *optional*): `<g_k, w_0 - w_k>`. One that is not finite is left out.
+            lr_fraction (`float`, defaults to 1.0): Learning rate of this step as a fraction of its peak so far.
         """
         is_annealing = lr_fraction < self.growth.least_lr_fraction
         is_over = state.is_blind or (is_annealing and state.is_initialized)
         is_due = self.interval.is_due(state.interval) and not is_over
         state = replace(state, is_annealing=is_annealing, searched=is_due, probes=0, nonfinite_probes=0)
-        if not is_annealing:
-            growth, step_size = self.growth.follow(
-                state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
-            )
-            step_size = step_size if state.is_initialized else state.step_size
-            state = replace(state, growth=growth, step_size=step_size)
-        if not is_due:
-            interval = self.interval.skipped(state.interval)
-            return replace(state, interval=interval, taken=state.step_size)
+        if is_annealing:
+            return state
+        growth, step_size = self.growth.follow(
+            state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
+        )
+        return replace(state, growth=growth, step_size=step_size if state.is_initialized else state.step_size)
+
+    def search(self, state: SearchState, line: SearchLine) -> SearchState:
+        """Return the state after the search of an optimizer step, if there is to be one.
+
+        Args:
+            state (`SearchState`): What `follow` returned.
+            line (`SearchLine`): The loss along the direction.
+
+        Raises:
+            Exception: What `line.probe` raises.
+        """
+        if not state.searched:
+            return replace(state, interval=self.interval.skipped(state.interval), taken=state.step_size)
         if self.initial_search is None or state.is_initialized:
             return self._backtrack(state, line)
         return self._initialize(state, line, self.initial_search)
@@ -299,6 +331,11 @@ class LineSearch:
             if accepted or probes == self.max_probes:
                 break
             step_size *= self.decrease_factor
+        if accepted and probes == 1:
+            step_size, reduction, more = self._double(state, line, step_size, reduction)
+            probes += len(more)
+            nonfinite_probes += sum(not math.isfinite(one) for one in more)
+            acceptance = self.acceptance.update(state.acceptance, step_size, slope, reduction)
         again = not math.isfinite(reduction) or (self.retry_rejected and not accepted)
         return replace(
             state,
@@ -320,9 +357,25 @@ class LineSearch:
             slope=slope,
             actual_reduction=reduction,
             predicted_reduction=step_size * slope,
-            smallest_probe=step_size,
+            smallest_probe=min(start, step_size),
             total_probes=state.total_probes + probes,
         )
+
+    def _double(
+        self, state: SearchState, line: SearchLine, step_size: float, reduction: float
+    ) -> tuple[float, float, list[float]]:
+        """Return where doubling ends, the reduction there and those of all its probes."""
+        probed: list[float] = []
+        while (
+            len(probed) < self.max_doublings
+            and 2 * step_size <= self.growth.largest_doubled(state.growth)
+            and reduction > self.least_doubled_ratio * step_size * line.slope
+        ):
+            probed.append(line.loss - line.probe(2 * step_size))
+            if not probed[-1] > self.least_doubled_ratio * 2 * step_size * line.slope:
+                break
+            step_size, reduction = 2 * step_size, probed[-1]
+        return step_size, reduction, probed
 
     def _initialize(self, state: SearchState, line: SearchLine, initial_search: InitialSearch) -> SearchState:
         slope = line.slope

@@ -15,14 +15,18 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_number
 from .direction import Direction, state_dtype
 from .line import SLOPES, Line, check_loss
-from .line_search import LineSearch
+from .line_search import LineSearch, SearchState
 from .optimizer_direction import direction_of
-from .path_slope import path_slope
+from .path_growth import PathGrowth, PathGrowthState, PathSlope, TensorState
+from .path_slope import path_slopes, weight_scale
 from .presets import line_search_of
 from .shards import grad_of, nonfinite_flag, to_floats
 
 Closure = Callable[[], Tensor | float]
 
+KINDS = ("hidden", "vectors", "others")
+
+SETTLED_STEPS = 3  # those that a path slope leaves out, for they may be taken back
 
 HIDDEN_GRADIENT = (
     "the loss's value does not show its gradient, as that of exp(logp - logp.detach()), or the gradients are not its "
@@ -78,14 +82,18 @@ class Start(NamedTuple):
     Args:
         is_finite (`bool`): Whether loss, gradients and their norm are finite.
         clip_coef (`float`): What clipping multiplied the gradients by.
-        path_slope (`float`): The path slope of the unclipped gradients, NaN where nothing follows it.
         lr_fraction (`float`): Learning rate as a fraction of its peak so far.
+        path_slopes (`dict[Tensor, PathSlope]`): Those of the unclipped gradients, of each parameter; empty where
+            nothing follows them.
+        weight_scale (`float`): Root mean square of the first weights of the hidden matrices, infinity where it is not
+            known, or has been read before.
     """
 
     is_finite: bool
     clip_coef: float
-    path_slope: float
     lr_fraction: float
+    path_slopes: dict[Tensor, PathSlope]
+    weight_scale: float = math.inf
 
 
 class ALSALS(torch.optim.Optimizer):
@@ -229,6 +237,19 @@ class ALSALS(torch.optim.Optimizer):
         """The step size found so far, before `lr`; before the first search the initial one."""
         return self.search.step_size
 
+    def step_sizes(self) -> dict[str, list[float]]:
+        """Return the step sizes of single tensors, before `lr`, by kind: hidden matrices, vectors and others.
+
+        Kinds without a tensor that has a step size of its own are left out: in `growth=constant` all.
+        """
+        by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "path" in self.state.get(p, {}):
+                    kind = "vectors" if p.ndim < 2 else "hidden" if group.get("hidden", True) else "others"
+                    by_kind[kind].append(self.step_size * TensorState(*self.state[p]["path"].tolist()).multiplier)
+        return {kind: sizes for kind, sizes in by_kind.items() if sizes}
+
     @property
     def slope(self) -> float:
         """The slope that the last search measured."""
@@ -327,10 +348,13 @@ class ALSALS(torch.optim.Optimizer):
             self._skip()
         elif direction.params:
             begin, self.consecutive_skips = time.perf_counter(), 0
+            followed, tensors = self._follow(direction, start)
             with Line(direction, closure, self.loss, start.clip_coef, self.slope_method) as line:
-                self.search = self.line_search.step(self.search, line, start.path_slope, start.lr_fraction)
+                self.search = self.line_search.search(followed, line)
                 self.search_seconds += time.perf_counter() - begin if self.searched else 0.0
                 line.move(self.search.taken)
+            for p, tensor in tensors.items():
+                self.state[p]["path"] = torch.tensor(dataclasses.astuple(tensor), dtype=torch.float64, device="cpu")
             if self.search.is_blind and self.searched:
                 warnings.warn(f"ALSALS: {HIDDEN_GRADIENT}.", stacklevel=3)
         return loss
@@ -377,8 +401,9 @@ class ALSALS(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if name == "step":  # on a GPU each would cost a host-device sync
-                    self.state[p][name] = torch.as_tensor(value, dtype=torch.float32).to("cpu", copy=True)
+                if name in ("step", "path"):  # on a GPU each would cost a host-device sync
+                    dtype = torch.float32 if name == "step" else torch.float64
+                    self.state[p][name] = torch.as_tensor(value, dtype=dtype).to("cpu", copy=True)
                 elif isinstance(value, Tensor):
                     dtype = state_dtype(p) if name in self.direction.buffer_names else value.dtype
                     if dtype != p.dtype:
@@ -435,7 +460,7 @@ class ALSALS(torch.optim.Optimizer):
                 "ALSALS.step() needs a closure that returns the loss: pass it, or call set_closure() first."
             )
         if self.line_search.needs_path_slope(lr_fraction=1.0):
-            path_slope(direction.params, self.state)
+            path_slopes(direction)
         direction.update()
 
     def _start_of(self, closure: Closure) -> tuple[Tensor | float, Closure]:
@@ -505,16 +530,63 @@ class ALSALS(torch.optim.Optimizer):
     ) -> Start:
         if not direction.params:
             (self.loss,) = to_floats([loss])
-            return Start(is_finite=True, clip_coef=1.0, path_slope=math.nan, lr_fraction=1.0)
+            return Start(is_finite=True, clip_coef=1.0, lr_fraction=1.0, path_slopes={})
         lr_fraction = self._lr_fraction()
-        reads_path = self.line_search.needs_path_slope(lr_fraction)
-        path = path_slope(direction.params, self.state) if reads_path else math.nan
-        # The only host-device sync of a step without a search.
+        direction.multipliers = multipliers_of(self._tensor_states(direction))
+        slopes: list[Tensor] = []
+        scale: Tensor | float = math.inf
+        if self.line_search.needs_path_slope(lr_fraction):
+            path, last = path_slopes(direction)
+            slopes = path + last
+            hidden, growth = self._hidden_matrices(direction), self.search.growth
+            if hidden and isinstance(growth, PathGrowthState) and growth.weight_scale == math.inf:
+                scale = weight_scale(hidden, self.state)
         flag = nonfinite_flag(direction.params) if total_norm is None else 0 * total_norm
-        self.loss, flagged, coef, path = to_floats([loss, flag, clip_coef, path])
+        # The only host-device sync of a step without a search.
+        self.loss, flagged, coef, scale, *numbers = to_floats([loss, flag, clip_coef, scale, *slopes])
         # A clip_coef of 0 is that of gradients whose norm is not finite.
         is_finite = math.isfinite(self.loss + flagged) and 0 < coef < math.inf
-        return Start(is_finite, coef, path / coef if is_finite else math.nan, lr_fraction)
+        found = {}
+        if slopes and is_finite:
+            lr_of = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+            path_of, last_of = numbers[: len(direction.params)], numbers[len(direction.params) :]
+            for p, slope, along in zip(direction.params, path_of, last_of):
+                last_steps = SETTLED_STEPS * self.search.taken * lr_of[p] * along
+                found[p] = PathSlope(slope / coef, (slope - last_steps) / coef)
+        return Start(is_finite, coef, lr_fraction, found, scale or math.inf)
+
+    def _tensor_states(self, direction: Direction) -> dict[Tensor, TensorState]:
+        states = {p: self.state.get(p, {}) for p in direction.params}
+        return {p: TensorState(*state["path"].tolist()) for p, state in states.items() if "path" in state}
+
+    def _follow(self, direction: Direction, start: Start) -> tuple[SearchState, dict[Tensor, TensorState]]:
+        """Return the state of the search, and of each tensor, after the path slopes of a step."""
+        slopes, growth = start.path_slopes, self.line_search.growth
+        if not slopes:
+            return self.line_search.follow(self.search, math.nan, start.lr_fraction), {}
+        hidden = self._hidden_matrices(direction) or direction.params
+        common = PathSlope(
+            sum(slopes[p].slope for p in hidden),
+            sum(slopes[p].settled for p in hidden),
+            start.weight_scale,
+        )
+        followed = self.line_search.follow(self.search, common, start.lr_fraction)
+        if not (isinstance(growth, PathGrowth) and followed.is_initialized):
+            return followed, {}
+        log_growth = math.log(followed.step_size / self.search.step_size)
+        before, is_hidden = self._tensor_states(direction), dict.fromkeys(hidden, True)
+        tensors = {
+            p: growth.follow_tensor(
+                before.get(p, TensorState()), slopes[p], followed.growth, log_growth, is_hidden.get(p, False)
+            )
+            for p in direction.params
+        }
+        direction.multipliers = multipliers_of(tensors)
+        return followed, tensors
+
+    def _hidden_matrices(self, direction: Direction) -> list[Tensor]:
+        apart = {id(p) for group in self.param_groups if not group.get("hidden", True) for p in group["params"]}
+        return [p for p in direction.params if p.ndim >= 2 and id(p) not in apart]
 
     def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.
@@ -535,6 +607,16 @@ class ALSALS(torch.optim.Optimizer):
                 f"{self.loss}): the model or its data produce NaN or infinity, which the Trainer's logs hide unless "
                 "logging_nan_inf_filter is false."
             )
+
+
+def multipliers_of(tensors: dict[Tensor, TensorState]) -> dict[Tensor, float]:
+    """Return the multipliers of the common step size that are not 1, by parameter.
+
+    Args:
+        tensors (`dict[Tensor, TensorState]`): The state of each parameter.
+    """
+    multipliers = {p: tensor.multiplier for p, tensor in tensors.items()}
+    return {p: multiplier for p, multiplier in multipliers.items() if multiplier != 1}
 
 
 def unwrap_alsals(optimizer: Any) -> ALSALS | None:

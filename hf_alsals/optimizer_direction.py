@@ -134,7 +134,7 @@ class MuonDirection(OptimizerDirection):
     A matrix moves along its orthogonalized momentum (`torch.optim.Muon`, torch 2.9 or newer), scaled so that its root
     mean square is 0.2, as Adam's is (arXiv 2502.16982, `match_rms_adamw`). The weights of a convolution are a matrix
     with a row for each output. Which matrices are hidden ones the tensors do not say: a parameter group with
-    `"muon": False` holds embeddings and the head. The Trainer makes it.
+    `"hidden": False` holds embeddings and the head. The Trainer makes it.
     """
 
     name = "muon"
@@ -158,11 +158,11 @@ class MuonDirection(OptimizerDirection):
 
 
 def _is_hidden_matrix(p: Tensor, group: dict[str, Any]) -> bool:
-    return p.ndim >= 2 and p.numel() > 0 and group.get("muon", True)
+    return p.ndim >= 2 and p.numel() > 0 and group.get("hidden", True)
 
 
 def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put what are no hidden matrices into parameter groups of their own, with `"muon": False`.
+    """Put what are no hidden matrices into parameter groups of their own, with `"hidden": False`.
 
     Hidden matrices are the weights of linear layers and convolutions, but for heads: output embeddings, and linear
     layers of as many outputs as the config has tokens or labels.
@@ -182,9 +182,9 @@ def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> N
     } - embeddings
     for group in list(optimizer.param_groups):
         others = [p for p in group["params"] if p.ndim > 1 and id(p) not in hidden]
-        if others and group.get("muon", True):
+        if others and group.get("hidden", True):
             group["params"] = [p for p in group["params"] if p.ndim <= 1 or id(p) in hidden]
-            optimizer.add_param_group({**group, "params": others, "muon": False})
+            optimizer.add_param_group({**group, "params": others, "hidden": False})
 
 
 def _from_pytorch_optimizer(name: str, direction: str) -> Any:

@@ -2,15 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterator, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from .shards import cut, grad_of, sum_over_shards
+from .direction import Chunk, Direction
+from .shards import cut, grad_of, local_shard, sum_over_shards, sums_by_param
 
 # Up to as many elements are read whole; of more, SAMPLE_SIZE or a share of 1 in MAX_DISTANCE, whichever is more, stand
 # for all. Short blocks, for of an embedding the rows of frequent tokens count, and every row has to be met.
@@ -21,10 +22,22 @@ BLOCK_SIZE = 8
 SMALL_SIZE = 2**12  # parameters that are read whole in any case
 
 
+class PathSlopes(NamedTuple):
+    """The slopes of a batch along two ways back, of each parameter with a gradient, scalars.
+
+    Args:
+        path (`list[Tensor]`): `<g_k, w_0 - w_k>`, to the first weights.
+        last (`list[Tensor]`): `<g_k, d_{k-1}>`, along the last step, per unit of step size.
+    """
+
+    path: list[Tensor]
+    last: list[Tensor]
+
+
 @torch.no_grad()
 @record_function("ALSALS.path_slope")
-def path_slope(params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]]) -> Tensor:
-    """Return `<g, w_0 - w>`, the inner product of the gradients and the way back to the first weights, a scalar.
+def path_slopes(direction: Direction) -> PathSlopes:
+    """Return `<g, w_0 - w>` and `<g, d>` of the last direction for each parameter of a direction, before its update.
 
     The first weights are kept in bfloat16. The present ones are rounded to it too: a weight that has not moved has no
     displacement then, and what rounding does to all that have moved averages out. A parameter without first weights
@@ -35,33 +48,102 @@ def path_slope(params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str,
     times what it is a share of. Shards of a DTensor are read whole.
 
     Args:
-        params (`Sequence[Tensor]`): Parameters with gradients.
-        state (`MutableMapping[Tensor, dict]`): The optimizer's state of each, where `initial` is kept.
+        direction (`Direction`): The direction, whose state has the first weights of each parameter as `initial`.
     """
-    products, owners = [], []
-    sampled: dict[Any, list[Tensor]] = defaultdict(list)
+    total = sum(p.numel() for p in direction.params)
+    paths: list[Tensor] = []
+    lasts: list[Tensor] = []
+    owners: list[Tensor] = []
+    moved: list[Tensor] = []
+    for group in direction.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        known = [p for p in params if "initial" in direction.state[p]]
+        for p in params:
+            if "initial" not in direction.state[p]:
+                blocks = _number_of_blocks(p, total)
+                kept = _blocks(p.detach(), blocks) if blocks else p.detach()
+                direction.state[p]["initial"] = kept.to(torch.bfloat16, copy=True)
+        last = Chunk(group, buffers={name: [] for name in direction.buffer_names})
+        shares = []
+        for piece in (*_whole(direction, known), *_sampled(direction, known)):
+            paths.append(piece.path_slope)
+            owners.append(piece.owner)
+            if piece.buffers:
+                last.owners.append(piece.owner)
+                last.params.append(piece.grad)
+                last.grads.append(piece.grad)
+                last.steps.append(direction.state[piece.owner]["step"].item())
+                last.multipliers.append(direction.multipliers.get(piece.owner, 1.0))
+                for buffers, buffer in zip(last.buffers.values(), piece.buffers):
+                    buffers.append(buffer)
+                shares.append(piece.share)
+        if shares:
+            lasts += [share * product for share, product in zip(shares, direction.products(last))]
+            moved += last.owners
+    path, last_ = sums_by_param(paths, owners), sums_by_param(lasts, moved)
+    zero = torch.zeros(())
+    return PathSlopes([path.get(p, zero) for p in direction.params], [last_.get(p, zero) for p in direction.params])
+
+
+class _Piece(NamedTuple):
+    owner: Tensor
+    grad: Tensor
+    buffers: list[Tensor]  # of the direction, empty before its first step
+    share: float  # what the piece stands for, as a multiple of it
+    path_slope: Tensor
+
+
+def _whole(direction: Direction, params: list[Tensor]) -> Iterator[_Piece]:
     for p in params:
-        if "initial" not in state[p]:
-            blocks = _number_of_blocks(p, total=sum(one.numel() for one in params))
-            kept = _blocks(p.detach(), blocks) if blocks else p.detach()
-            state[p]["initial"] = kept.to(torch.bfloat16, copy=True)
-        elif state[p]["initial"].shape == p.shape:
+        initial = direction.state[p]["initial"]
+        if initial.shape == p.shape:
             dtype = torch.promote_types(p.dtype, torch.float32)
-            for piece, grad, initial in cut(p, grad_of(p), state[p]["initial"]):
+            for piece, grad, start, *buffers in cut(p, grad_of(p), initial, *_buffers(direction, p)):
                 # Both are converted first: a difference of two dtypes takes twice as long.
-                displacement = initial.to(dtype).sub_(piece.to(initial.dtype).to(dtype))
-                products.append(torch.dot(displacement.flatten(), grad.to(dtype).flatten()))
-                owners.append(p)
-        else:
-            sampled[p.device, p.dtype, grad_of(p).dtype, p.numel() / state[p]["initial"].numel()].append(p)
-    for (*_, share), group in sampled.items():
-        initials = [state[p]["initial"] for p in group]
-        present = torch.cat([_blocks(p, len(initial)) for p, initial in zip(group, initials)]).to(torch.bfloat16)
-        grads = torch.cat([_blocks(grad_of(p).contiguous(), len(initial)) for p, initial in zip(group, initials)])
-        displacement = torch.cat(initials).float().sub_(present.float())
-        products.append(share * torch.dot(displacement.flatten(), grads.float().flatten()))
-        owners.append(group[0])
-    return sum_over_shards(products, owners)
+                displacement = start.to(dtype).sub_(piece.to(start.dtype).to(dtype))
+                product = torch.dot(displacement.flatten(), grad.to(dtype).flatten())
+                yield _Piece(p, grad, buffers, 1.0, product)
+
+
+def _sampled(direction: Direction, params: list[Tensor]) -> Iterator[_Piece]:
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for p in params:
+        if direction.state[p]["initial"].shape != p.shape:
+            alike[p.device, p.dtype, grad_of(p).dtype, len(_buffers(direction, p))].append(p)
+    for some in alike.values():
+        initials = [direction.state[p]["initial"] for p in some]
+        counts = [len(initial) for initial in initials]
+
+        def sample(tensors: list[Tensor], counts: list[int] = counts) -> Tensor:
+            return torch.cat([_blocks(tensor, count) for tensor, count in zip(tensors, counts)])
+
+        grads = sample([grad_of(p).contiguous() for p in some])
+        buffers = [sample(list(column)).split(counts) for column in zip(*(_buffers(direction, p) for p in some))]
+        displacement = torch.cat(initials).float().sub_(sample(some).bfloat16().float())
+        products = (displacement * grads.float()).sum(1).split(counts)
+        for i, (p, grad, product) in enumerate(zip(some, grads.split(counts), products)):
+            share = p.numel() / initials[i].numel()
+            yield _Piece(p, grad, [column[i] for column in buffers], share, share * product.sum())
+
+
+def _buffers(direction: Direction, p: Tensor) -> list[Tensor]:
+    state = direction.state[p]
+    return [state[name] for name in direction.buffer_names] if "step" in state else []
+
+
+def weight_scale(params: list[Tensor], state: MutableMapping[Tensor, dict[str, Any]]) -> Tensor:
+    """Return the root mean square of the first weights of parameters, of which there may be a sample, a scalar.
+
+    Args:
+        params (`list[Tensor]`): The parameters.
+        state (`MutableMapping[Tensor, dict]`): The optimizer's state of each, with `initial`.
+    """
+    squares = []
+    for p in params:
+        initial = state[p]["initial"]
+        share = p.numel() / max(1, initial.numel())
+        squares.append(share * local_shard(initial).float().square().sum())
+    return (sum_over_shards(squares, params) / max(1, sum(p.numel() for p in params))).sqrt()
 
 
 def _number_of_blocks(p: Tensor, total: int) -> int:

@@ -3,13 +3,14 @@
 from typing import Any
 
 from .acceptance import ArmijoCondition, ParabolaCondition
-from .growth import ConstantGrowth, PathGrowth
+from .growth import ConstantGrowth
 from .initial_search import InitialSearch
 from .interval import EverySteps
 from .line_search import LineSearch
+from .path_growth import PathGrowth
 
 # Raised whenever a preset takes other steps than before, so that results name the method that they are of.
-METHOD_VERSION = 9
+METHOD_VERSION = 10
 
 # The line search of each kind of growth. The defaults of options are those of its parts.
 LINE_SEARCHES: dict[str, LineSearch] = {

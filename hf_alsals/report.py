@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .callbacks import as_text
 from .checkpoint import saved_attributes
+from .optimizer import KINDS
 from .publishing import without_local_paths
 
 logger = logging.getLogger(__name__)
@@ -244,6 +245,11 @@ def report(run_dir: str) -> str:
         (run.points("step_size"), {"color": "C0", "label": "of the search"}),
         (run.taken, {"color": "C1", "label": "taken"}),
     ]
+    by_kind: list[Line] = []
+    for number, kind in enumerate(KINDS):
+        by_kind.append((run.points(f"step_size_{kind}"), {"color": f"C{number}", "label": kind}))
+        for end in ("q1", "q3"):
+            by_kind.append((run.points(f"step_size_{kind}_{end}"), {"color": f"C{number}", "alpha": 0.4}))
     ratios = [(step, min(max(ratio, -1), 2)) for step, ratio in run.points("armijo_ratio")]
     armijo = [(ratios, {"color": "C0", "label": "of the last search"})]
     if run.c is not None:
@@ -251,6 +257,7 @@ def report(run_dir: str) -> str:
     pictures = [
         *_draw("loss", losses),
         *_draw("step size", step_sizes, log=True),
+        *_draw("step sizes of tensors: median and quartiles", by_kind, log=True),
         *_draw("Armijo ratio, cut off at -1 and 2", armijo),
         *_draw("probes per step", [(run.points("probes"), {"color": "C0"})]),
         *(

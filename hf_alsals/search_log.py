@@ -1,5 +1,6 @@
 """What a Trainer logs of the search, beside the training loss."""
 
+import statistics
 from typing import Any
 
 from .mixin_base import TrainerMixinBase
@@ -25,6 +26,8 @@ class SearchLogMixin(TrainerMixinBase):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with step size, slope, decrease, Armijo ratio, path slope and probes per step beside the training loss.
 
+        Of the step sizes of each kind of tensor the median and the quartiles are logged.
+
         Args:
             logs (`dict[str, float]`): The values to log.
             args, kwargs: Passed on to the Trainer.
@@ -40,6 +43,9 @@ class SearchLogMixin(TrainerMixinBase):
             logs["lr_multiplier"] = logs["learning_rate"] if is_own else of_step
             if is_own:
                 logs["learning_rate"] = logs["step_size"]
+            for kind, sizes in self.alsals.step_sizes().items():
+                quartiles = statistics.quantiles(sizes, n=4, method="inclusive") if len(sizes) > 1 else sizes * 3
+                logs |= zip((f"step_size_{kind}_q1", f"step_size_{kind}", f"step_size_{kind}_q3"), quartiles)
             logs |= self.alsals.line_search.metrics(self.alsals.search)
             logs["probes"] = (probes - last_probes) / max(step - last_step, 1)
         super().log(logs, *args, **kwargs)

@@ -84,16 +84,41 @@ def sum_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tenso
     """
     by_layout: dict[Any, list[Tensor]] = {}
     for value, p in zip(values, params):
-        layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, p.device)
-        by_layout.setdefault(layout, []).append(value)
-    sums = []
-    for (mesh, placements), parts in by_layout.items():
-        part = torch.stack(parts).sum()
-        if mesh is not None:
-            partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-            part = DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
-        sums.append(part)
+        by_layout.setdefault(_layout(p), []).append(value)
+    sums = [_over_shards(torch.stack(parts).sum(), layout) for layout, parts in by_layout.items()]
     return sum((part.to(sums[0].device) for part in sums[1:]), start=sums[0]) if sums else torch.tensor(0.0)
+
+
+def sums_by_param(values: Sequence[Tensor], params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the sum of the scalars of each parameter over all of its shards.
+
+    Args:
+        values (`Sequence[Tensor]`): Scalars, each computed from the local shard of a parameter.
+        params (`Sequence[Tensor]`): The parameter of each, some of which may be DTensors.
+    """
+    parts: dict[Tensor, list[Tensor]] = {}
+    for value, p in zip(values, params):
+        parts.setdefault(p, []).append(value)
+    sums = {p: torch.stack(some).sum() if len(some) > 1 else some[0] for p, some in parts.items()}
+    by_layout: dict[Any, list[Tensor]] = {}
+    for p in sums:
+        if isinstance(p, DTensor):
+            by_layout.setdefault(_layout(p), []).append(p)
+    for layout, some in by_layout.items():  # one collective for all of a layout
+        sums |= zip(some, _over_shards(torch.stack([sums[p] for p in some]), layout).unbind())
+    return sums
+
+
+def _layout(p: Tensor) -> tuple[Any, Any]:
+    return (p.device_mesh, p.placements) if isinstance(p, DTensor) else (None, p.device)
+
+
+def _over_shards(part: Tensor, layout: tuple[Any, Any]) -> Tensor:
+    mesh, placements = layout
+    if mesh is None:
+        return part
+    partial = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(part, mesh, partial, run_check=False).full_tensor()
 
 
 @record_function("ALSALS.nonfinite_flag")

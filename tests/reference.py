@@ -3,6 +3,8 @@
 The optimizer is tested against them.
 """
 
+import math
+
 import torch
 
 
@@ -42,48 +44,95 @@ def alsals_reference(
     return step_sizes, losses, w
 
 
-def path_reference(f, w, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
-    """Minimize `f(w, k)` from the flat float64 tensor `w`, with the step size that follows the slope along the path.
+def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
+    """Minimize `f(w, k)` from the flat float64 tensor `w`, with step sizes that follow the slope along the path.
 
-    `lrs` are the learning rates of all steps, `start_size` the step size of the first one; every step searches until
-    the learning rate is below half of its peak.
+    `shapes` are those of the tensors that `w` is made of, of which matrices are hidden ones, `lrs` the learning rates
+    of all steps and `start_size` the step size of the first one; every step searches until the learning rate is below
+    half of its peak.
 
     Returns:
-        The step size of each step, the loss that each step started from, and the last `w`.
+        The step size of each step, the loss that each step started from, the last `w` and the multipliers of the
+        tensors.
     """
     w = w.clone()
     w_0 = w.bfloat16().double()
-    m, v = torch.zeros_like(w), torch.zeros_like(w)
-    eta, s, b, path, size, sizes = start_size, 0.0, 0.0, 0.0, 0.0, []
+    counts = [math.prod(shape) for shape in shapes]
+    hidden = [len(shape) > 1 for shape in shapes]
+    first = [part for part, is_hidden in zip(w_0.split(counts), hidden) if is_hidden]
+    largest = 0.4 * torch.cat(first).square().mean().sqrt().item()
+    m, v, d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
+    eta, taken, s, b, has_backtracked, sizes = start_size, 0.0, 0.0, 0.0, False, []
+    logs = [0.0] * len(shapes)
+    # For all hidden matrices together, and for each tensor: averages of the path slopes and of the settled ones, with
+    # those of their absolute values, and the steps since both averages were negative for the first time.
+    averages = [[0.0, 0.0, 0.0, 0.0, None] for _ in range(1 + len(shapes))]
+
+    def log_growth(path, size, settled, settled_size, since):
+        r, raw = (mean / size if size else 0.0 for mean, size in ((settled, settled_size), (path, size)))
+        x = (r if since is None else (r + raw) / 2) + 0.3
+        x *= min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else 1
+        return math.log(growth_factor) * x * (1 if since is None else 40 / (40 + since))
+
     step_sizes, losses = [], []
     for k, lr in enumerate(lrs):
         w_grad = w.clone().requires_grad_()
         loss = f(w_grad, k)
         (g,) = torch.autograd.grad(loss, w_grad)
         loss = loss.item()
+        path = [part.sum().item() for part in (g * (w_0 - w.bfloat16().double())).split(counts)]
+        last = [part.sum().item() for part in (g * d).split(counts)]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
+        is_searching = k > 0 and lr >= 0.5 * max(lrs[: k + 1])
+        if is_searching:
+            settled = [p - 3 * lr * taken * along for p, along in zip(path, last)]
+            both = list(zip(path, settled))
+            together = tuple(sum(one[i] for one, is_hidden in zip(both, hidden) if is_hidden) for i in (0, 1))
+            for average, (p, q) in zip(averages, [together, *both]):
+                average[:4] = [0.9 * old + 0.1 * new for old, new in zip(average, (p, abs(p), q, abs(q)))]
+                if average[4] is not None or (k > 5 and average[0] < 0 and average[2] < 0):
+                    average[4] = 0 if average[4] is None else average[4] + 1
+            p = abs(together[0])
+            sizes.append(p if not sizes else sizes[-1] ** 0.9 * p**0.1)
+            before, eta = eta, min(eta * math.exp(log_growth(*averages[0])), max(eta, largest))
+            for i, average in enumerate(averages[1:]):
+                if averages[0][4] is None:
+                    average[4] = None  # all move alike at first
+                else:
+                    log = logs[i] + log_growth(*average) - math.log(eta / before)
+                    logs[i] = min(max(log, 0.0), math.log(4.0 if hidden[i] else 30.0))
+        multipliers = [2 ** (round(4 * log / math.log(2)) / 4) for log in logs]
+        d = torch.cat([multiplier * part for multiplier, part in zip(multipliers, d.split(counts))])
+
         accepted = True
-        if k > 0 and lr >= 0.5 * max(lrs[: k + 1]):
-            slope = (g * (w_0 - w.bfloat16().double())).sum().item()
-            path, size = 0.9 * path + 0.1 * slope, 0.9 * size + 0.1 * abs(slope)
-            sizes.append(abs(slope) if not sizes else sizes[-1] ** 0.9 * abs(slope) ** 0.1)
-            x = path / size + 0.3
-            eta *= growth_factor ** (x * min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else x)
-            first, a = eta, (g * d).sum().item()
+        if is_searching:
+            start, a = eta, (g * d).sum().item()
             s = beta3 * s + (1 - beta3) * a
             while True:
                 decrease = loss - f(w - eta * d, k).item()
                 new_b = beta3 * b + (1 - beta3) * (eta * a - decrease) / eta**2
                 accepted = eta * s - eta**2 * new_b >= (c if s > 0 else 1 / c) * eta * s
-                if accepted or eta * decrease_factor < 0.5 * first:
+                if accepted or eta * decrease_factor < 0.5 * start:
                     break
                 eta *= decrease_factor
+            has_backtracked |= eta < start
+            path, _, settled, size, _ = averages[0]
+            for _ in range(2 if accepted and size and settled / size > 0.65 and not has_backtracked else 0):
+                if 2 * eta <= largest and decrease > 0.7 * eta * a:
+                    doubled = loss - f(w - 2 * eta * d, k).item()
+                    if doubled > 0.7 * 2 * eta * a:
+                        eta, decrease = 2 * eta, doubled
+                        new_b = beta3 * b + (1 - beta3) * (eta * a - decrease) / eta**2
+                    else:
+                        break
             b = new_b
 
         if accepted or decrease > 0:
-            w = w - lr * eta * d
+            w, taken = w - lr * eta * d, eta
+        else:
+            taken = 0.0
         step_sizes.append(eta)
         losses.append(loss)
-    return step_sizes, losses, w
+    return step_sizes, losses, w, multipliers

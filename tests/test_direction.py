@@ -354,7 +354,7 @@ def test_a_direction_of_your_own_trains_and_is_resumed(growth):
     optimizer = ALSALS(net.parameters(), **arguments)
     losses = [loss for _, loss in train(net, optimizer, range(60))]
     assert max(losses[-10:]) < 0.5 * losses[0]
-    assert set(optimizer.state[net[0].weight]) - {"initial"} == {"step", "momentum"}
+    assert set(optimizer.state[net[0].weight]) - {"initial", "path"} == {"step", "momentum"}
 
     other_net = copy.deepcopy(net)
     other = ALSALS(other_net.parameters(), **arguments)

@@ -9,9 +9,10 @@ from small_problems import assert_identical, make_net, snapshot, through_torch_s
 
 from hf_alsals import ALSALS
 from hf_alsals.acceptance import ArmijoCondition
-from hf_alsals.growth import ConstantGrowth, PathGrowth
+from hf_alsals.growth import ConstantGrowth
 from hf_alsals.interval import EverySteps
 from hf_alsals.line_search import LineSearch
+from hf_alsals.path_growth import PathGrowth
 
 RULES = [ConstantGrowth, PathGrowth]
 
@@ -20,15 +21,6 @@ def after_search(growth, **changes):
     """Return the state after a search from 1.0 that ended at 0.25, accepted."""
     search = {"start": 1.0, "step_size": 0.25, "slope": 2.0, "accepted": True, "decrease_factor": 0.5}
     return growth.searched(growth.init(0.1), **search | changes)
-
-
-def follow(growth, path_slopes, step_size=0.1):
-    """Return the state and the step size after each of some path slopes."""
-    state, history = growth.init(step_size), []
-    for path_slope in path_slopes:
-        state, step_size = growth.follow(state, step_size, path_slope)
-        history.append((state, step_size))
-    return history
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -87,106 +79,6 @@ def test_constant_growth_moves_in_searches_only_and_has_nothing_to_log(path_slop
     assert not growth.needs_path_slope
 
 
-# ---- along the path ----
-
-
-def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their_sizes():
-    path_slopes = [3.0, 1.0, -2.0, 5.0, -0.5]
-    expected = 0.1
-    for k, (state, step_size) in enumerate(follow(PathGrowth(growth_factor=1.2), path_slopes), start=1):
-        weights = [0.9 ** (k - 1 - i) for i in range(k)]
-        average = sum(w * s for w, s in zip(weights, path_slopes[:k], strict=True))
-        size = sum(w * abs(s) for w, s in zip(weights, path_slopes[:k], strict=True))
-        expected *= 1.2 ** (average / size + 0.3)
-        assert state.path_slope == pytest.approx(average / size)
-        assert step_size == pytest.approx(expected)
-
-
-def test_small_path_slopes_let_it_grow_less_and_shrink_as_ever():
-    path_slopes = [-7.0] * 50 + [0.02] * 100 + [-0.02] * 50
-    average = size = 0.0
-    expected, log_size, sizes = 0.1, math.log(7.0), []
-    for path_slope, (state, step_size) in zip(path_slopes, follow(PathGrowth(growth_factor=1.2), path_slopes)):
-        average, size = 0.9 * average + 0.1 * path_slope, 0.9 * size + 0.1 * abs(path_slope)
-        log_size = 0.9 * log_size + 0.1 * math.log(abs(path_slope))
-        sizes.append(math.exp(log_size))
-        exponent = average / size + 0.3
-        if exponent > 0:
-            exponent *= min(1, sizes[-1] / (0.1 * max(sizes)))
-        expected *= 1.2**exponent
-        assert step_size == pytest.approx(expected)
-        assert state.path_size == pytest.approx(sizes[-1] / max(sizes))
-    assert state.path_size == pytest.approx(0.02 / 7, rel=1e-3)
-
-
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_one_bad_batch_does_not_hold_it(sign):
-    path_slopes = [1.0 + 0.5 * math.sin(k) for k in range(350)]
-    calm = follow(PathGrowth(), path_slopes)
-    path_slopes[50] = sign * 1e5
-    disturbed = follow(PathGrowth(), path_slopes)
-    grown = [history[349][1] / history[300][1] for history in (disturbed, calm)]
-    assert grown[0] == pytest.approx(grown[1], rel=1e-3) == 1.03 ** (49 * 1.3)
-
-
-def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
-    assert follow(PathGrowth(), [1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**13)
-    assert follow(PathGrowth(), [-1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**-7)
-
-
-def test_without_searches_it_grows_six_times_as_fast_until_a_path_slope_is_negative():
-    growth = PathGrowth()
-    state, step_size = growth.init(1e-4), 1e-4
-    for path_slope, faster in [(1.0, 6), (0.0, 6), (2.0, 6), (-1e-3, 1), (1.0, 1)]:
-        before = step_size
-        state, step_size = growth.follow(state, step_size, path_slope, is_searched=False)
-        assert step_size == pytest.approx(before * 1.03 ** (faster * (state.path_slope + 0.3)))
-
-
-@pytest.mark.parametrize(("before", "after"), [(9.9e-3, 0.01), (0.01, 0.01), (0.5, 0.5)])
-def test_without_searches_it_grows_to_a_hundredth_at_most(before, after):
-    growth = PathGrowth()
-    state, step_size = growth.follow(growth.init(before), before, 1.0, is_searched=False)
-    assert step_size == after
-    assert growth.follow(state, step_size, -100.0, is_searched=False)[1] < after
-
-
-@pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("before", [[], [2.0, -1.0]])
-def test_a_path_slope_that_is_not_finite_is_left_out(path_slope, before):
-    growth = PathGrowth()
-    state, step_size = follow(growth, before)[-1] if before else (growth.init(0.1), 0.1)
-    assert growth.follow(state, step_size, path_slope) == (state, step_size)
-
-
-def test_no_path_is_no_reason_to_grow():
-    ((state, step_size),) = follow(PathGrowth(), [0.0])
-    assert step_size == 0.1
-    assert (state.path_slope, state.path_size) == (0.0, 1.0)
-
-
-def test_a_path_slope_of_zero_later_counts_in_the_mean_and_not_in_the_geometric_one():
-    (before, _), (state, step_size) = follow(PathGrowth(growth_factor=1.2), [-1.0, 0.0])
-    assert (state.mean_slope, state.mean_size) == pytest.approx((-0.09, 0.09))
-    assert state.path_size == before.path_size == 1.0
-    assert step_size == pytest.approx(0.1 * 1.2**-1.4)
-
-
-def test_a_search_starts_where_the_step_size_has_come_to_and_leaves_the_averages_alone():
-    growth = PathGrowth()
-    state, step_size = follow(growth, [1.0, 2.0])[-1]
-    assert growth.start(state, step_size) == step_size
-    for accepted in (True, False):
-        search = {"start": step_size, "step_size": 0.01, "slope": 1.0, "decrease_factor": 0.9}
-        assert growth.searched(state, **search, accepted=accepted) == state
-
-
-def test_the_mean_path_slope_over_that_of_its_sizes_is_logged():
-    growth = PathGrowth()
-    assert growth.metrics(growth.init(0.1)) == {"path_slope": 0.0}
-    assert growth.metrics(follow(growth, [3.0, -1.0])[-1][0]) == {"path_slope": pytest.approx(1.7 / 3.7)}
-
-
 # ---- a rule of your own ----
 
 
@@ -217,6 +109,9 @@ class RampGrowth:
 
     def start(self, state, step_size):
         return step_size
+
+    def largest_doubled(self, state):
+        return 0.0
 
     def searched(self, state, **search):
         return state

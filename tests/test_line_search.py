@@ -4,8 +4,8 @@ import math
 import pytest
 from searching import Searching, initialized, quadratic, recorder
 
-from hf_alsals.growth import PathGrowth
 from hf_alsals.initial_search import InitialSearch
+from hf_alsals.path_growth import PathGrowth
 from hf_alsals.presets import LINE_SEARCHES
 
 GROWTHS = ["constant", "path"]
@@ -289,8 +289,10 @@ def test_where_the_first_search_finds_a_hidden_gradient_the_path_alone_moves_the
 
 def test_never_searching_starts_low_and_is_moved_by_the_path_alone():
     searching = Searching("path", search_interval="never", growth_factor=1.2, initial_step_size=10.0)
+    exponent = 0.0
     for k in range(1, 31):
-        assert searching.skip(path_slope=-2.0) == pytest.approx(1e-2 * 1.2 ** (-0.7 * k))
+        exponent -= 0.7 * 40 / (40 + max(k - 6, 0))  # by ever less once an overshoot can be told
+        assert searching.skip(path_slope=-2.0) == pytest.approx(1e-2 * 1.2**exponent)
 
 
 def test_never_searching_is_refused_where_only_searches_move_the_step_size():
@@ -365,12 +367,46 @@ def test_an_adaptive_interval_averages_the_step_sizes_that_searches_ended_at(gro
 
 def test_the_step_size_follows_the_path_slope_in_every_step_and_is_searched_from_there():
     searching = initialized(growth_factor=1.2, search_interval=2)
+    growth = dataclasses.replace(searching.state.growth, has_backtracked=True)  # it doubles nothing
+    searching.state = dataclasses.replace(searching.state, growth=growth)
     probe, probed = recorder(lambda step_size: -step_size)
     searching.search(0.0, 1.0, probe, path_slope=1.0)
     searching.skip(path_slope=1.0)
     searching.search(0.0, 1.0, probe, path_slope=1.0)
     assert probed == pytest.approx([0.1 * 1.2**1.3, 0.1 * 1.2**3.9])
     assert searching.skip() == probed[-1]  # without a path slope
+
+
+@pytest.mark.parametrize(
+    ("loss", "multiples"),
+    [
+        (lambda step_size: -step_size, [1, 2, 4]),
+        (lambda step_size: -0.71 * step_size, [1, 2, 4]),
+        (lambda step_size: -0.69 * step_size, [1]),
+        (lambda step_size: -step_size if step_size < 0.15 else 0.0, [1, 2]),
+        (lambda step_size: -step_size if step_size < 0.3 else -0.69 * step_size, [1, 2, 4]),
+        (lambda step_size: -step_size if step_size < 0.15 else math.nan, [1, 2]),
+    ],
+)
+def test_a_search_doubles_what_is_far_too_small_as_long_as_the_prediction_holds(loss, multiples):
+    searching = initialized(growth_factor=1.0)
+    start = searching.state.step_size
+    probe, probed = recorder(loss)
+    taken = searching.search(0.0, 1.0, probe, path_slope=1.0)
+    assert probed == pytest.approx([start * multiple for multiple in multiples])
+    holds = [-loss(step_size) > 0.7 * step_size for step_size in probed]
+    assert taken == (max(step_size for step_size, held in zip(probed, holds) if held) if any(holds) else start)
+    state = searching.state
+    assert (state.step_size, state.probes, state.smallest_probe, state.accepted) == (taken, len(probed), start, True)
+    assert (state.actual_reduction, state.predicted_reduction) == (-loss(taken), taken)
+    assert state.nonfinite_probes == sum(math.isnan(loss(step_size)) for step_size in probed)
+
+
+def test_a_search_doubles_nothing_where_the_path_slope_is_not_clearly_positive():
+    searching = initialized()
+    probe, probed = recorder(lambda step_size: -step_size)
+    searching.search(0.0, 1.0, probe, path_slope=-1.0)
+    assert len(probed) == 1
 
 
 def test_before_the_first_search_has_found_a_step_size_it_does_not_follow():

@@ -5,9 +5,10 @@ import pytest
 from searching import NumbersLine, Searching, quadratic, wrong
 
 from hf_alsals.acceptance import ArmijoCondition, ParabolaCondition
-from hf_alsals.growth import ConstantGrowth, PathGrowth
+from hf_alsals.growth import ConstantGrowth
 from hf_alsals.interval import AdaptiveInterval, EverySteps
 from hf_alsals.line_search import LineSearch
+from hf_alsals.path_growth import PathGrowth
 from hf_alsals.presets import LINE_SEARCHES
 
 GROWTHS = ["constant", "path"]

@@ -113,21 +113,27 @@ def cosine(steps):
 
 
 @pytest.mark.parametrize("lrs", [[1.0] * 200, cosine(200)], ids=["constant", "cosine"])
-@pytest.mark.parametrize("initial_step_size", [1e-4, 0.1, 10.0])
-def test_the_default_follows_its_reference(initial_step_size, lrs):
+@pytest.mark.parametrize(("initial_step_size", "growth_factor"), [(1e-4, 1.03), (0.1, 1.03), (10.0, 1.03), (0.1, 1.2)])
+def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs):
     net = make_net()
     w = flat(net.parameters())
-    optimizer = ALSALS(net.parameters(), initial_step_size=initial_step_size, search_interval=1)
+    settings = {"initial_step_size": initial_step_size, "growth_factor": growth_factor}
+    optimizer = ALSALS(net.parameters(), **settings, search_interval=1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: lrs[min(k, len(lrs) - 1)])
     history = []
     for k in range(200):
         history += train(net, optimizer, [k])
         scheduler.step()
-    step_sizes, losses, w = path_reference(flat_net_loss(net), w, lrs, history[0][0])
+    shapes = [p.shape for p in net.parameters()]
+    step_sizes, losses, w, multipliers = path_reference(
+        flat_net_loss(net), w, shapes, lrs, history[0][0], growth_factor=growth_factor
+    )
     assert [step_size for step_size, _ in history] == pytest.approx(step_sizes, rel=1e-9)
     assert [loss for _, loss in history] == pytest.approx(losses, rel=1e-8)
     torch.testing.assert_close(flat(net.parameters()), w, rtol=1e-9, atol=1e-9)
     assert losses[-1] < 0.3 * losses[0]
+    found = [size / optimizer.step_size for size in optimizer.step_sizes()["hidden"]]
+    assert found == pytest.approx([multipliers[0], multipliers[2]])
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -73,7 +73,9 @@ def test_a_step_waits_once_for_the_device_and_a_search_once_more_and_once_a_prob
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             reads = (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__)
-            on_host = {id(state["step"]) for state in optimizer.state.values() if "step" in state}
+            on_host = {
+                id(state[name]) for state in optimizer.state.values() for name in ("step", "path") if name in state
+            }
             self.count += function in reads and id(args[0]) not in on_host
             return function(*args, **(kwargs or {}))
 

@@ -141,7 +141,9 @@ def groups_after(model):
     optimizer = ALSALS([{"params": decayed, "weight_decay": 0.1}, {"params": others}], direction="muon")
     set_hidden_matrices(optimizer, model)
     names = {p: name for name, p in model.named_parameters()}
-    return [(g.get("muon", True), g["weight_decay"], [names[p] for p in g["params"]]) for g in optimizer.param_groups]
+    return [
+        (g.get("hidden", True), g["weight_decay"], [names[p] for p in g["params"]]) for g in optimizer.param_groups
+    ]
 
 
 def test_embeddings_and_heads_are_left_to_adam():
@@ -171,7 +173,7 @@ def test_only_the_weights_of_layers_are_hidden_matrices_and_groups_are_split_onc
     optimizer = ALSALS(model.parameters(), direction="muon")
     for _ in range(2):
         set_hidden_matrices(optimizer, model)
-        apart = [group["params"] for group in optimizer.param_groups if not group.get("muon", True)]
+        apart = [group["params"] for group in optimizer.param_groups if not group.get("hidden", True)]
         assert len(optimizer.param_groups) == 2
         assert [id(p) for p in apart[0]] == [id(model.position), id(model.experts)]
 

@@ -1,10 +1,17 @@
 import pytest
 import torch
-from small_problems import ConstantALSALS, assert_identical, single
+from small_problems import ConstantALSALS, assert_identical, parameter_group, single
 from torch import nn
 
 from hf_alsals import ALSALS
-from hf_alsals.path_slope import MAX_DISTANCE, SAMPLE_SIZE, WHOLE_SIZE, path_slope
+from hf_alsals.adam import AdamDirection
+from hf_alsals.path_slope import MAX_DISTANCE, SAMPLE_SIZE, WHOLE_SIZE, path_slopes, weight_scale
+from hf_alsals.shards import to_floats
+
+
+def path_slope(params, state):
+    slopes = path_slopes(AdamDirection([parameter_group(params)], state)).path
+    return torch.tensor(sum(to_floats(slopes)), dtype=torch.float64)
 
 
 def rounded(tensor):
@@ -86,6 +93,44 @@ def test_a_growth_that_does_not_follow_it_keeps_no_first_weights():
         optimizer = make([w])
         optimizer.step(lambda w=w: w.sum())
         assert set(optimizer.state[w]) - {"step", "exp_avg", "exp_avg_sq"} == names
+
+
+# ---- along the last direction ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [[(1100, 500), (3,), (), (0,)], [(3072, 2048), (768,)]], ids=["whole", "sampled"])
+def test_the_slope_along_the_last_direction_is_that_of_each_parameter(shapes, dtype):
+    params = [nn.Parameter(randn(*shape, seed=k).to(dtype)) for k, shape in enumerate(shapes)]
+    state = {p: {} for p in params}
+    groups = [parameter_group(params[:1], betas=(0.8, 0.99)), parameter_group(params[1:])]
+    last = []
+    for k in range(3):
+        for number, p in enumerate(params):
+            p.grad = (p.detach() + 0.1 * randn(*p.shape, seed=10 * k + number)).to(dtype)
+        direction = AdamDirection(groups, state)
+        direction.multipliers = {params[0]: 2.0}
+        slopes = to_floats(path_slopes(direction).last)
+        expected = [(p.grad.double() * d).sum().item() for p, d in zip(params, last)] if last else [0.0] * len(params)
+        size = max(p.numel() for p in params)
+        assert slopes == pytest.approx(expected, rel=0.02 if size > SAMPLE_SIZE else 1e-4)
+        direction.update()
+        last = []
+        for p, multiplier, (beta1, beta2) in zip(params, (2.0, 1.0, 1.0, 1.0), [(0.8, 0.99)] + [(0.9, 0.999)] * 3):
+            m, v = (state[p][name].double() for name in ("exp_avg", "exp_avg_sq"))
+            step = k + 1
+            last.append(multiplier * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8))
+
+
+def test_the_scale_of_the_first_weights_is_their_root_mean_square():
+    params = [nn.Parameter(0.02 * randn(3000, 2000, seed=0).float()), nn.Parameter(randn(64, 64, seed=1).float())]
+    state = {p: {} for p in params}
+    for p in params:
+        p.grad = torch.ones_like(p)
+    path_slope(params, state)
+    expected = (sum(p.detach().square().sum() for p in params) / sum(p.numel() for p in params)).sqrt()
+    assert state[params[0]]["initial"].shape != params[0].shape
+    assert weight_scale(params, state).item() == pytest.approx(expected.item(), rel=0.01)
 
 
 # ---- of a sample ----

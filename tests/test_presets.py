@@ -4,9 +4,10 @@ from searching import Searching, wrong
 
 from hf_alsals import ALSALS, LineSearch
 from hf_alsals.acceptance import ArmijoCondition, ParabolaCondition
-from hf_alsals.growth import ConstantGrowth, PathGrowth
+from hf_alsals.growth import ConstantGrowth
 from hf_alsals.initial_search import InitialSearch
 from hf_alsals.interval import AdaptiveInterval, EverySteps
+from hf_alsals.path_growth import PathGrowth
 from hf_alsals.presets import LINE_SEARCHES, PRESETS, line_search_of
 
 # What the papers say, and for adam_sls the authors' package salsa-optimizer 0.1.0.

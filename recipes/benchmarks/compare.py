@@ -152,6 +152,8 @@ def report(folder: str) -> None:
     tables.draw(rows, curves, os.path.join(folder, "compare.png"))
     plain = [name for name in matrix.OPTIMIZERS if name not in matrix.VARIANTS]
     page = os.path.join(folder, "README.md")
+    tables.fill(page, "regret", tables.regret_table(rows))
+    tables.draw_profile(rows, os.path.join(folder, "profile.png"))
     tables.fill(page, "table", tables.table(rows, plain))
     tables.fill(page, "variants", tables.table(rows, matrix.VARIANTS))
     if os.path.abspath(folder) == HERE:

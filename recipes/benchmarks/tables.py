@@ -86,6 +86,100 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
     return next((row for row in mine if row["seeds"] == most), None)
 
 
+SWEEP = ("adamw", "adamw, warmup_stable_decay")
+# The lines of the regret table and of the performance profile, beside the sweep and one rate for all tasks.
+PROFILE = ("alsals", "alsals_muon", "schedule-free", "prodigy", "alsals_paper", "salsa")
+
+
+def swept_row(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
+    """Return the best row on a task of a sweep of AdamW over learning rates and two schedules."""
+    found = [row for name in SWEEP if (row := chosen_row(rows, task, name)) is not None]
+    sign = -1 if matrix.TASKS[task].higher_is_better else 1
+    return min(found, key=lambda row: sign * row[matrix.TASKS[task].metric], default=None)
+
+
+def one_rate_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return by task the rows of the one learning rate and schedule of AdamW that is the best over all tasks."""
+    by_rate = defaultdict(dict)
+    for row in rows:
+        if row["optimizer"] in SWEEP:
+            by_rate[row["optimizer"], row["learning_rate"]][row["task"]] = row
+    most = max((len(some) for some in by_rate.values()), default=0)
+
+    def mean_regret(some: dict[str, dict[str, Any]]) -> float:
+        return statistics.mean(regret(row, swept_row(rows, task)) for task, row in some.items())
+
+    return min((some for some in by_rate.values() if len(some) == most), key=mean_regret, default={})
+
+
+def regret(row: dict[str, Any], best: dict[str, Any]) -> float:
+    """Return by how much a row's loss is above another one's, in per cent of it."""
+    return 100 * (row["eval_loss"] / best["eval_loss"] - 1)
+
+
+def regret_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: on each task the best of AdamW's sweep, and by how much others are worse.
+
+    It is per cent of the loss, or, where a task is judged by accuracy or correlation, points of that.
+    """
+    one_rate = one_rate_rows(rows)
+    tasks = [task for task in matrix.TASKS if swept_row(rows, task) is not None]
+    lines = [f"| task | AdamW's sweep | one rate | {' | '.join(PROFILE)} |", "| --- " * (3 + len(PROFILE)) + "|"]
+    regrets: dict[str, list[float]] = defaultdict(list)
+    for task in tasks:
+        best = swept_row(rows, task)
+        runs_of = sum(len(best_rows(rows, task, name)) for name in SWEEP)
+        schedule = "cosine" if best["optimizer"] == "adamw" else "stable, then linear"
+        metric = matrix.TASKS[task].metric
+        cells = [f"{_with_error(best, metric)} ({best['learning_rate']:g}, {schedule}, best of {runs_of})"]
+        for name in ("one rate", *PROFILE):
+            row = one_rate.get(task) if name == "one rate" else chosen_row(rows, task, name)
+            if row is None:
+                cells.append("")
+                continue
+            mark = f" {_mark(row).replace('version ', 'v')}".rstrip()
+            if metric == "eval_loss":
+                regrets[name].append(regret(row, best))
+                cells.append(f"{regrets[name][-1]:+.1f} %{mark}")
+            else:
+                cells.append(f"{100 * (best[metric] - row[metric]):+.1f} points{mark}")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    for title, of in (("mean in loss", statistics.mean), ("worst in loss", max)):
+        some = (regrets[name] for name in ("one rate", *PROFILE))
+        cells = [f"{of(values):+.1f} % ({len(values)} tasks)" if values else "" for values in some]
+        lines.append(f"| **{title}** | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw performance profiles (arXiv 2306.07179): the share of tasks whose loss is within a factor of the best."""
+    one_rate = one_rate_rows(rows)
+    lines: dict[str, dict[str, float]] = {"AdamW, swept": {}, "AdamW, one rate": {}} | {name: {} for name in PROFILE}
+    for task in matrix.TASKS:
+        found = {"AdamW, swept": swept_row(rows, task), "AdamW, one rate": one_rate.get(task)}
+        found |= {name: chosen_row(rows, task, name) for name in PROFILE}
+        for name, row in found.items():
+            if row is not None and matrix.TASKS[task].metric == "eval_loss":
+                lines[name][task] = row["eval_loss"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, losses in lines.items():
+        if not losses:
+            continue
+        # On the tasks that it was run on.
+        ratios = sorted(
+            loss / min(other[task] for other in lines.values() if task in other) for task, loss in losses.items()
+        )
+        shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
+        axes.step([1, *ratios, 2], [0, *shares, *shares[-1:]], where="post", label=f"{name} ({len(ratios)} tasks)")
+    axes.set_xlim(1, 1.3)
+    axes.set_xlabel("loss over the best one on the task")
+    axes.set_ylabel("share of tasks")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
 def _with_error(row: dict[str, Any], metric: str) -> str:
     error = f" ± {row[f'{metric}_error']:.3f}" if f"{metric}_error" in row else ""
     return f"{row[metric]:.3f}{error}" if metric in row else ""
@@ -130,18 +224,18 @@ def front_table(rows: list[dict[str, Any]]) -> str:
         "Validation loss ± standard error over seeds; without, one seed. v: by that version of the method; today's is"
         f" {METHOD_VERSION}.",
         "",
-        "| task | `alsals` | AdamW, tuned | AdamW, 5e-5 |",
+        "| task | `alsals` | AdamW, best of a sweep | AdamW, 5e-5 |",
         "| --- | --- | --- | --- |",
     ]
 
-    def cell(task: str, optimizer: str) -> str:
-        row = chosen_row(rows, task, optimizer)
+    def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return ""
         return f"{_with_error(row, 'eval_loss')} {_mark(row).replace('version ', 'v')}".rstrip()
 
     for task, title in FRONT.items():
-        cells = [cell(task, optimizer) for optimizer in ("alsals", "adamw", "adamw, library default")]
+        alsals, default = (chosen_row(rows, task, name) for name in ("alsals", "adamw, library default"))
+        cells = [cell(row) for row in (alsals, swept_row(rows, task), default)]
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

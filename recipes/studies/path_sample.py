@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_scheduler
 
 from hf_alsals import ALSALS, path_slope
-from hf_alsals.growth import PathGrowth
+from hf_alsals.adam import AdamDirection
+from hf_alsals.path_growth import PathGrowth
+from hf_alsals.shards import to_floats
 
 MASK = 0  # a byte that the text does not have
 MODELS = {
@@ -68,7 +70,8 @@ def slope_of(params: list[Tensor], state: dict[Tensor, dict[str, Any]], size: in
     """Return the path slope by a sample of a size, or by all elements."""
     whole_size = 0 if size else 2**62
     with patch.multiple(path_slope, WHOLE_SIZE=whole_size, SAMPLE_SIZE=size or path_slope.SAMPLE_SIZE):
-        return path_slope.path_slope(params, state).item()
+        direction = AdamDirection([{"params": params, "betas": (0.9, 0.999), "eps": 1e-8}], state)
+        return sum(to_floats(path_slope.path_slopes(direction).path))
 
 
 def run(name: str, args: SampleArguments) -> dict[str, Any]:

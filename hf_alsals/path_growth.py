@@ -1,0 +1,287 @@
+"""How the step sizes follow the slope along the path of training. Numbers only, no torch."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
+
+from .growth import check_growth_factor
+
+
+class PathSlope(NamedTuple):
+    """What [`PathGrowth`] follows: the slope of a new batch along the path of training.
+
+    Args:
+        slope (`float`): `p_k = <g_k, w_0 - w_k>`, 0.0 at initialization.
+        settled (`float`): The same up to where training was some three steps ago, along the last step: `p_k - 3 eta
+            <g_k, d_{k-1}>`. Steps to and fro across sharp directions do not count in it.
+        weight_scale (`float`, defaults to infinity): Root mean square of the first weights, where it is known.
+    """
+
+    slope: float
+    settled: float
+    weight_scale: float = math.inf
+
+    @classmethod
+    def of(cls, path_slope: "float | PathSlope") -> "PathSlope":
+        """Return a path slope, of which a plain number says nothing about the last steps."""
+        return path_slope if isinstance(path_slope, PathSlope) else cls(path_slope, path_slope)
+
+
+@dataclass(frozen=True)
+class PathAverages:
+    """Moving averages of the path slopes of one tensor, or of several together.
+
+    Args:
+        mean_slope, mean_size (`float`): Of the path slopes, and of their absolute values.
+        settled_slope, settled_size (`float`): The same of the settled ones.
+        steps (`float`): How many path slopes there have been.
+        steps_since_overshoot (`float`): How many since both averages were negative for the first time; -1 before.
+    """
+
+    mean_slope: float = 0.0
+    mean_size: float = 0.0
+    settled_slope: float = 0.0
+    settled_size: float = 0.0
+    steps: float = 0
+    steps_since_overshoot: float = -1
+
+    decay: ClassVar[float] = 0.9
+    first_steps: ClassVar[int] = 5  # too few to tell an overshoot by
+
+    @property
+    def path_slope(self) -> float:
+        """The mean path slope over the mean of its absolute values, in [-1, 1]; 0.0 before there are any."""
+        return self.mean_slope / self.mean_size if self.mean_size > 0 else 0.0
+
+    @property
+    def settled_path_slope(self) -> float:
+        """The same of the settled path slopes."""
+        return self.settled_slope / self.settled_size if self.settled_size > 0 else 0.0
+
+    def averaged(self, path_slope: PathSlope) -> Self:
+        """Return the averages with one more path slope; one that is not finite is left out."""
+        slope, settled, _ = path_slope
+        if not (math.isfinite(slope) and math.isfinite(settled)):
+            return self
+        new = 1 - self.decay
+        averages = replace(
+            self,
+            mean_slope=self.decay * self.mean_slope + new * slope,
+            mean_size=self.decay * self.mean_size + new * abs(slope),
+            settled_slope=self.decay * self.settled_slope + new * settled,
+            settled_size=self.decay * self.settled_size + new * abs(settled),
+            steps=self.steps + 1,
+        )
+        has_overshot = averages.steps > self.first_steps and averages.mean_slope < 0 and averages.settled_slope < 0
+        if self.steps_since_overshoot >= 0 or has_overshot:
+            return replace(averages, steps_since_overshoot=self.steps_since_overshoot + 1)
+        return averages
+
+
+@dataclass(frozen=True)
+class PathGrowthState(PathAverages):
+    """State of [`PathGrowth`]: the averages of the hidden matrices together, with what else it notes.
+
+    Args:
+        log_size, largest_log_size (`float`): Moving average of the logarithms of the absolute values, and its largest
+            so far; minus infinity before there is any.
+        has_gone_back (`bool`): Whether a path slope has been negative.
+        has_backtracked (`bool`): Whether a search has rejected a step size.
+        weight_scale (`float`): Root mean square of the first weights; infinity where it is not known.
+    """
+
+    log_size: float = -math.inf
+    largest_log_size: float = -math.inf
+    has_gone_back: bool = False
+    has_backtracked: bool = False
+    weight_scale: float = math.inf
+
+    @property
+    def path_size(self) -> float:
+        """The geometric mean of the absolute values over its largest so far, in (0, 1]; 1.0 before there are any."""
+        return math.exp(self.log_size - self.largest_log_size) if self.log_size > -math.inf else 1.0
+
+
+@dataclass(frozen=True)
+class TensorState(PathAverages):
+    """The averages of one tensor, with its step size.
+
+    Args:
+        log_multiplier (`float`): Logarithm of its step size over the common one.
+    """
+
+    log_multiplier: float = 0.0
+
+    @property
+    def multiplier(self) -> float:
+        """Its step size over the common one, rounded to quarters of a power of two: few values, few kernels."""
+        return 2 ** (round(4 * self.log_multiplier / math.log(2)) / 4)
+
+
+@dataclass(frozen=True)
+class PathGrowth:
+    """Growth by the slope along the path of training, `p_k = <g_k, w_0 - w_k>` (this package's own).
+
+    `p_k` is the rate at which a new batch's loss falls along the displacement from initialization. It is positive
+    while the steps have been too short and negative once they have gone too far. At each step
+
+        log eta <- log eta + gain * damping * (r + overshoot),    r = mean(p) / mean(|p|) in [-1, 1]
+
+    of all hidden matrices together. `p` is the settled path slope (see [`PathSlope`]) and `gain` is
+    `log(growth_factor)` until both averages of path slopes have been negative. From then on `r` is the mean of that of
+    the settled path slopes and that of the path slopes themselves, and `n` steps later `gain` is `settling / (settling
+    + n)` of what it was (Robbins-Monro). From then on, too, every tensor has a multiplier, which follows its own path
+    slopes by the same rule and is never below 1. The step size does not grow beyond `largest_share` of the root mean
+    square of the first weights of the hidden matrices.
+
+    `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
+    data the loss falls a little along the path however large the step size is, but then all of `p` is small.
+    `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
+    the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
+
+    Until the first rejection a search may double the step size where `r` is above `least_path_slope`: it is far too
+    small.
+
+    `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
+    on.
+
+    Args:
+        growth_factor (`float`, defaults to 1.03): Growth of the step size per step at `r + overshoot = 1`, at least 1.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of its range.
+
+    Example:
+        >>> growth = PathGrowth(growth_factor=1.1)
+        >>> state, step_size = growth.follow(growth.init(0.1), step_size=0.1, path_slope=2.0)
+        >>> state.path_slope, round(step_size / 0.1 / 1.1**1.3, 6)
+        (1.0, 1.0)
+    """
+
+    name: ClassVar[str] = "path"
+    description: ClassVar[str] = (
+        "the step sizes followed the slope along the path of training, bounded by a line search"
+    )
+    needs_path_slope: ClassVar[bool] = True
+    least_lr_fraction: ClassVar[float] = 0.5
+    overshoot: ClassVar[float] = 0.3  # at 0 the steps are too short where gradients are mostly noise
+    settling: ClassVar[float] = 40.0
+    largest_share: ClassVar[float] = 0.4
+    largest_multiplier: ClassVar[float] = 30.0
+    largest_hidden_multiplier: ClassVar[float] = 4.0
+    least_path_size: ClassVar[float] = 0.1
+    ramp: ClassVar[float] = 6.0
+    largest_unsearched: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
+    least_path_slope: ClassVar[float] = 0.65
+
+    growth_factor: float = 1.03
+
+    def __post_init__(self) -> None:
+        check_growth_factor(self.growth_factor)
+
+    def init(self, initial_step_size: float) -> PathGrowthState:
+        """Return the state before training."""
+        return PathGrowthState()
+
+    def follow(
+        self, state: PathGrowthState, step_size: float, path_slope: float | PathSlope, is_searched: bool = True
+    ) -> tuple[PathGrowthState, float]:
+        """Return the state and the step size after a new batch's path slope.
+
+        Args:
+            state (`PathGrowthState`): The state before.
+            step_size (`float`): The step size before.
+            path_slope (`float` or `PathSlope`): That of the hidden matrices. One that is not finite is left out.
+            is_searched (`bool`, defaults to `True`): Whether searches bound the step size.
+        """
+        path_slope = PathSlope.of(path_slope)
+        slope = path_slope.slope
+        state = state.averaged(path_slope)
+        if not math.isfinite(slope):
+            return state, step_size
+        state = replace(
+            state,
+            has_gone_back=state.has_gone_back or slope < 0,
+            weight_scale=min(state.weight_scale, path_slope.weight_scale),
+        )
+        if slope != 0:
+            log = math.log(abs(slope))
+            log_size = log if state.log_size == -math.inf else state.decay * state.log_size + (1 - state.decay) * log
+            state = replace(state, log_size=log_size, largest_log_size=max(state.largest_log_size, log_size))
+        if state.mean_size == 0:
+            return state, step_size
+        log_growth = self.log_growth(state, state)
+        if not is_searched:
+            log_growth *= 1.0 if state.has_gone_back else self.ramp
+            largest = self.largest_unsearched
+        else:
+            largest = self.largest_share * state.weight_scale
+        grown = step_size * math.exp(log_growth)
+        return state, min(grown, max(step_size, largest))
+
+    def log_growth(self, averages: PathAverages, common: PathGrowthState) -> float:
+        """Return by how much the logarithm of a step size grows in a step.
+
+        Args:
+            averages (`PathAverages`): The averages of what moves by it.
+            common (`PathGrowthState`): The state of all hidden matrices together, whose `path_size` damps it.
+        """
+        r = averages.settled_path_slope
+        if averages.steps_since_overshoot >= 0:
+            r = (r + averages.path_slope) / 2
+        exponent = r + self.overshoot
+        if exponent > 0:
+            exponent *= min(1.0, common.path_size / self.least_path_size)
+        if averages.steps_since_overshoot >= 0:
+            exponent *= self.settling / (self.settling + averages.steps_since_overshoot)
+        return math.log(self.growth_factor) * exponent
+
+    def follow_tensor(
+        self, state: TensorState, path_slope: PathSlope, common: PathGrowthState, log_growth: float, is_hidden: bool
+    ) -> TensorState:
+        """Return the state of a tensor after a new batch's path slope.
+
+        Args:
+            state (`TensorState`): The state before.
+            path_slope (`PathSlope`): That of the tensor.
+            common (`PathGrowthState`): The state that `follow` returned.
+            log_growth (`float`): By how much the logarithm of the common step size has grown in it.
+            is_hidden (`bool`): Whether the tensor is a hidden matrix.
+        """
+        state = state.averaged(path_slope)
+        if common.steps_since_overshoot < 0:
+            return replace(state, steps_since_overshoot=-1)
+        largest = self.largest_hidden_multiplier if is_hidden else self.largest_multiplier
+        log_multiplier = state.log_multiplier + self.log_growth(state, common) - log_growth
+        return replace(state, log_multiplier=min(max(log_multiplier, 0.0), math.log(largest)))
+
+    def start(self, state: PathGrowthState, step_size: float) -> float:
+        """Return the step size that a search probes first: the one that it has come to."""
+        return step_size
+
+    def largest_doubled(self, state: PathGrowthState) -> float:
+        """Return the largest step size that a search may double to, 0.0 for none.
+
+        Args:
+            state (`PathGrowthState`): The state before the search.
+        """
+        is_far_too_small = state.settled_path_slope > self.least_path_slope
+        return self.largest_share * state.weight_scale if is_far_too_small and not state.has_backtracked else 0.0
+
+    def searched(
+        self,
+        state: PathGrowthState,
+        *,
+        start: float,
+        step_size: float,
+        slope: float,
+        accepted: bool,
+        decrease_factor: float,
+    ) -> PathGrowthState:
+        """Return the state after a search, which notes whether a step size was rejected."""
+        return replace(state, has_backtracked=state.has_backtracked or not accepted or step_size < start)
+
+    def metrics(self, state: PathGrowthState) -> dict[str, float]:
+        """Return `path_slope`, the mean path slope over the mean of its absolute values."""
+        return {"path_slope": state.path_slope}

@@ -1,0 +1,212 @@
+import dataclasses
+import math
+
+import pytest
+
+from hf_alsals.path_growth import PathGrowth, PathSlope, TensorState
+
+
+def follow(growth, path_slopes, step_size=0.1):
+    """Return the state and the step size after each of some path slopes."""
+    state, history = growth.init(step_size), []
+    for path_slope in path_slopes:
+        state, step_size = growth.follow(state, step_size, path_slope)
+        history.append((state, step_size))
+    return history
+
+
+def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their_sizes():
+    path_slopes = [3.0, 1.0, -2.0, 5.0, -0.5]
+    expected = 0.1
+    for k, (state, step_size) in enumerate(follow(PathGrowth(growth_factor=1.2), path_slopes), start=1):
+        weights = [0.9 ** (k - 1 - i) for i in range(k)]
+        average = sum(w * s for w, s in zip(weights, path_slopes[:k], strict=True))
+        size = sum(w * abs(s) for w, s in zip(weights, path_slopes[:k], strict=True))
+        expected *= 1.2 ** (average / size + 0.3)
+        assert state.path_slope == pytest.approx(average / size)
+        assert step_size == pytest.approx(expected)
+
+
+def test_small_path_slopes_let_it_grow_less_and_shrink_as_ever():
+    path_slopes = [-7.0] * 50 + [0.02] * 100 + [-0.02] * 50
+    average = size = 0.0
+    expected, log_size, sizes, since = 0.1, math.log(7.0), [], -1
+    for path_slope, (state, step_size) in zip(path_slopes, follow(PathGrowth(growth_factor=1.2), path_slopes)):
+        average, size = 0.9 * average + 0.1 * path_slope, 0.9 * size + 0.1 * abs(path_slope)
+        log_size = 0.9 * log_size + 0.1 * math.log(abs(path_slope))
+        sizes.append(math.exp(log_size))
+        exponent = average / size + 0.3
+        if exponent > 0:
+            exponent *= min(1, sizes[-1] / (0.1 * max(sizes)))
+        since += len(sizes) > 5  # it has overshot as soon as that can be told
+        expected *= 1.2 ** (exponent * 40 / (40 + max(since, 0)))
+        assert step_size == pytest.approx(expected)
+        assert state.path_size == pytest.approx(sizes[-1] / max(sizes))
+    assert state.path_size == pytest.approx(0.02 / 7, rel=1e-3)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_one_bad_batch_does_not_hold_it(sign):
+    path_slopes = [1.0 + 0.5 * math.sin(k) for k in range(350)]
+    calm = follow(PathGrowth(), path_slopes)
+    path_slopes[50] = sign * 1e5
+    disturbed = follow(PathGrowth(), path_slopes)
+    grown = [history[349][1] / history[300][1] for history in (disturbed, calm)]
+    steps = sum(40 / (40 + n) for n in range(250, 299)) if sign < 0 else 49  # a bad batch may look like an overshoot
+    assert grown[1] == pytest.approx(1.03 ** (49 * 1.3))
+    assert grown[0] == pytest.approx(1.03 ** (steps * 1.3), rel=1e-3)
+
+
+def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
+    assert follow(PathGrowth(), [1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**13)
+    # By ever less from the sixth step on, where an overshoot can be told.
+    exponent = 5 + sum(40 / (40 + n) for n in range(5))
+    assert follow(PathGrowth(), [-1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03 ** (-0.7 * exponent))
+
+
+def test_an_overshoot_is_one_of_both_averages():
+    growth = PathGrowth()
+    state = growth.init(0.1)
+    for slope, settled in [(1.0, -1.0)] * 8 + [(-1.0, 1.0)] * 30:
+        state, _ = growth.follow(state, 0.1, PathSlope(slope, settled))
+        assert state.steps_since_overshoot == -1
+    steps = 0
+    while state.settled_path_slope >= 0:
+        assert state.steps_since_overshoot == -1
+        state, _ = growth.follow(state, 0.1, PathSlope(-1.0, -1.0))
+        steps += 1
+    assert state.steps_since_overshoot == 0
+    assert steps > 3
+    for since in (1, 2):
+        state, _ = growth.follow(state, 0.1, PathSlope(1.0, 1.0))
+        assert state.steps_since_overshoot == since
+
+
+def test_the_settled_path_slope_is_what_it_follows():
+    growth = PathGrowth()
+    state, step_size = growth.follow(growth.init(0.1), 0.1, PathSlope(-1.0, 2.0))
+    assert step_size == pytest.approx(0.1 * 1.03**1.3)
+    assert (state.path_slope, state.settled_path_slope) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0195, 0.02), (0.02, 0.02), (0.5, 0.5), (0.01, 0.01 * 1.03**1.3)])
+def test_it_grows_to_a_share_of_the_first_weights_at_most(before, after):
+    growth = PathGrowth()
+    state, step_size = growth.follow(growth.init(before), before, PathSlope(1.0, 1.0, weight_scale=0.05))
+    assert step_size == pytest.approx(after)
+    assert growth.follow(state, step_size, -100.0)[1] < step_size
+    assert growth.follow(state, step_size, 1.0)[1] <= max(before, 0.02) + 1e-12  # the scale is kept
+
+
+@pytest.mark.parametrize(("path_slope", "largest"), [(1.0, 0.02), (-1.0, 0.0)])
+def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(path_slope, largest):
+    growth = PathGrowth()
+    state, _ = growth.follow(growth.init(0.001), 0.001, PathSlope(0.0, path_slope, weight_scale=0.05))
+    assert growth.largest_doubled(state) == pytest.approx(largest)
+    search = {"slope": 1.0, "decrease_factor": 0.9, "start": 0.001}
+    for step_size in (0.001, 0.002):
+        state = growth.searched(state, **search, step_size=step_size, accepted=True)
+    assert growth.largest_doubled(state) == pytest.approx(largest)
+    for rejected in ({"step_size": 0.0009, "accepted": True}, {"step_size": 0.001, "accepted": False}):
+        assert growth.largest_doubled(growth.searched(state, **search, **rejected)) == 0.0
+
+
+# ---- a tensor of its own ----
+
+
+def overshot(growth):
+    state = growth.init(0.1)
+    for _ in range(8):
+        state, _ = growth.follow(state, 0.1, PathSlope(-1.0, -1.0))
+    return state
+
+
+def test_before_the_common_step_size_has_overshot_tensors_share_it():
+    growth = PathGrowth()
+    common, _ = growth.follow(growth.init(0.1), 0.1, 1.0)
+    tensor = TensorState()
+    for _ in range(10):
+        tensor = growth.follow_tensor(tensor, PathSlope(-1.0, -1.0), common, 0.0, is_hidden=False)
+    assert (tensor.log_multiplier, tensor.multiplier, tensor.steps_since_overshoot) == (0.0, 1.0, -1)
+    assert tensor.path_slope == -1.0
+
+
+def test_a_tensor_follows_its_own_path_slopes_from_then_on():
+    growth = PathGrowth()
+    common, tensor, log = overshot(growth), TensorState(), 0.0
+    for k in range(40):
+        path_slope = 1.0 if k < 30 else -1.0
+        tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, -0.01, is_hidden=False)
+        gain = 40 / (40 + max(tensor.steps_since_overshoot, 0))
+        r = (tensor.settled_path_slope + tensor.path_slope) / 2
+        log += math.log(1.03) * gain * (r + 0.3) + 0.01
+        assert tensor.log_multiplier == pytest.approx(log)
+        assert abs(math.log(tensor.multiplier) - log) <= math.log(2) / 8 + 1e-12
+        assert 4 * math.log2(tensor.multiplier) == pytest.approx(round(4 * math.log2(tensor.multiplier)))
+    assert tensor.steps_since_overshoot > 0
+
+
+@pytest.mark.parametrize(("is_hidden", "largest"), [(True, 4.0), (False, 30.0)])
+def test_a_multiplier_stays_within_its_bounds(is_hidden, largest):
+    growth = PathGrowth()
+    common, tensor = overshot(growth), TensorState()
+    for path_slope, bound in ((1.0, largest), (-1.0, 1.0)):
+        for _ in range(2000):
+            tensor = growth.follow_tensor(
+                tensor, PathSlope(path_slope, path_slope), common, 0.001 * (bound == 1.0), is_hidden=is_hidden
+            )
+        assert tensor.log_multiplier == pytest.approx(math.log(bound))
+
+
+def test_without_searches_it_grows_six_times_as_fast_until_a_path_slope_is_negative():
+    growth = PathGrowth()
+    state, step_size = growth.init(1e-4), 1e-4
+    for path_slope, faster in [(1.0, 6), (0.0, 6), (2.0, 6), (-1e-3, 1), (1.0, 1)]:
+        before = step_size
+        state, step_size = growth.follow(state, step_size, path_slope, is_searched=False)
+        assert step_size == pytest.approx(before * 1.03 ** (faster * (state.path_slope + 0.3)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(9.9e-3, 0.01), (0.01, 0.01), (0.5, 0.5)])
+def test_without_searches_it_grows_to_a_hundredth_at_most(before, after):
+    growth = PathGrowth()
+    state, step_size = growth.follow(growth.init(before), before, 1.0, is_searched=False)
+    assert step_size == after
+    assert growth.follow(state, step_size, -100.0, is_searched=False)[1] < after
+
+
+@pytest.mark.parametrize("path_slope", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("before", [[], [2.0, -1.0]])
+def test_a_path_slope_that_is_not_finite_is_left_out(path_slope, before):
+    growth = PathGrowth()
+    state, step_size = follow(growth, before)[-1] if before else (growth.init(0.1), 0.1)
+    assert growth.follow(state, step_size, path_slope) == (state, step_size)
+
+
+def test_no_path_is_no_reason_to_grow():
+    ((state, step_size),) = follow(PathGrowth(), [0.0])
+    assert step_size == 0.1
+    assert (state.path_slope, state.path_size) == (0.0, 1.0)
+
+
+def test_a_path_slope_of_zero_later_counts_in_the_mean_and_not_in_the_geometric_one():
+    (before, _), (state, step_size) = follow(PathGrowth(growth_factor=1.2), [-1.0, 0.0])
+    assert (state.mean_slope, state.mean_size) == pytest.approx((-0.09, 0.09))
+    assert state.path_size == before.path_size == 1.0
+    assert step_size == pytest.approx(0.1 * 1.2**-1.4)
+
+
+def test_a_search_starts_where_the_step_size_has_come_to_and_leaves_the_averages_alone():
+    growth = PathGrowth()
+    state, step_size = follow(growth, [1.0, 2.0])[-1]
+    assert growth.start(state, step_size) == step_size
+    for accepted in (True, False):
+        search = {"start": step_size, "step_size": 0.01, "slope": 1.0, "decrease_factor": 0.9}
+        after = growth.searched(state, **search, accepted=accepted)
+        assert after == dataclasses.replace(state, has_backtracked=True)
+
+
+def test_the_mean_path_slope_over_that_of_its_sizes_is_logged():
+    growth = PathGrowth()
+    assert growth.metrics(growth.init(0.1)) == {"path_slope": 0.0}
+    assert growth.metrics(follow(growth, [3.0, -1.0])[-1][0]) == {"path_slope": pytest.approx(1.7 / 3.7)}
