@@ -84,6 +84,12 @@ class AdamDirection(Direction):
             torch._foreach_div(exp_avgs if momentum else chunk.grads_like(exp_avgs), self._denominators(chunk))
         )
 
+    def last_products(self, chunk: Chunk) -> list[Tensor]:
+        """Return the products, and keep no denominators of them."""
+        products = self.products(chunk)
+        self._last = None
+        return products
+
     def divisors(self, chunk: Chunk, momentum: bool = True) -> list[float]:
         """Return `1 - beta1 ** k` of each piece; without momentum there is nothing to correct."""
         beta1, _ = chunk.group["betas"]

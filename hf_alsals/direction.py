@@ -46,6 +46,22 @@ class Chunk:
         return [grad.to(buffer.dtype) for grad, buffer in zip(self.grads, buffers)]
 
 
+def hidden_matrices(param_groups: list[dict[str, Any]]) -> list[Tensor]:
+    """Return the matrices of parameter groups that are neither embeddings nor heads, as far as the groups say it.
+
+    Args:
+        param_groups (`list[dict]`): The parameter groups. One with `"hidden": False` has none, and `"apart"` lists the
+            places of the others in a group.
+    """
+    return [
+        p
+        for group in param_groups
+        if group.get("hidden", True)
+        for place, p in enumerate(group["params"])
+        if p.ndim >= 2 and place not in group.get("apart", ())
+    ]
+
+
 class Direction:
     """The direction `d` of an optimizer step: weights move along `-d`, whose slope is `<g, d>`.
 
@@ -62,6 +78,8 @@ class Direction:
         state (`MutableMapping[Tensor, dict]`): The optimizer's state of each parameter.
 
     Attributes:
+        hidden_matrices (`list[Tensor]`): The parameters of at least two dimensions, but for those of groups with
+            `"hidden": False` and those whose place in their group is in its `"apart"`: embeddings and heads.
         name, description (`str`): Its name in checkpoints, and in words, for a model card.
         has_momentum_apart, takes_shards (`bool`): Whether `slope(momentum=False)` is there, and whether parameters may
             be DTensors.
@@ -83,6 +101,7 @@ class Direction:
         self.param_groups = param_groups
         self.state = state
         self.params: list[Tensor] = [p for group in param_groups for p in group["params"] if p.grad is not None]
+        self.hidden_matrices = hidden_matrices(param_groups)
         self.multipliers: dict[Tensor, float] = {}
         self._chunks: list[list[Chunk]] = []
         self._moved: tuple[float, list[int]] | None = None
@@ -328,6 +347,14 @@ class Direction:
             product = torch.dot(grad.flatten(), tensor.flatten()) / divisor
             products.append(product if multiplier == 1.0 else product * multiplier)
         return products
+
+    def last_products(self, chunk: Chunk) -> list[Tensor]:
+        """Return `products` along the last step's direction, for a chunk with the buffers of before `accumulate`.
+
+        Args:
+            chunk (`Chunk`): The chunk, of which nothing is kept.
+        """
+        return self.products(chunk)
 
     @staticmethod
     def _sum(products: list[Tensor], chunks: list[Chunk]) -> Tensor:

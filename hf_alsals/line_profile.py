@@ -35,6 +35,7 @@ class LineProfile:
     def __init__(self, alsals: ALSALS, closure: Callable[[], Tensor | float], clip_coef: Tensor | float = 1.0) -> None:
         state = {p: copy.deepcopy(alsals.state.get(p, {})) for group in alsals.param_groups for p in group["params"]}
         self._direction = alsals.direction(alsals.param_groups, state)
+        self._direction.multipliers = alsals.multipliers
         self._direction.update()
         self.slope = Line(self._direction, closure, math.nan, float(clip_coef)).slope
         self._direction.save(keep_grads=True)

@@ -129,6 +129,9 @@ class LineSearch:
     least_doubled_ratio: ClassVar[float] = 0.7  # of actual to predicted reduction, before and after a doubling
 
     def __post_init__(self) -> None:
+        methods = ("init", "follow", "start", "largest_doubled", "searched", "metrics")
+        if missing := [name for name in methods if not hasattr(self.growth, name)]:
+            raise TypeError(f"growth must have {', '.join(methods)}, got one without {', '.join(missing)}.")
         check_number("decrease_factor", self.decrease_factor, lambda x: 0 < x < 1, "a number in (0, 1)")
         check_number(
             "initial_step_size", self.initial_step_size, lambda x: 0 < x < math.inf, "a positive finite number"
@@ -368,6 +371,7 @@ class LineSearch:
         probed: list[float] = []
         while (
             len(probed) < self.max_doublings
+            and line.slope > 0
             and 2 * step_size <= self.growth.largest_doubled(state.growth)
             and reduction > self.least_doubled_ratio * step_size * line.slope
         ):

@@ -1,4 +1,4 @@
-"""Adam without a learning rate: the step size follows the path slope, and a line search bounds it."""
+"""Adam without a learning rate: step sizes follow the path slope, and a line search bounds them."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_number
-from .direction import Direction, state_dtype
+from .direction import Direction, hidden_matrices, state_dtype
 from .line import SLOPES, Line, check_loss
 from .line_search import LineSearch, SearchState
 from .optimizer_direction import direction_of
@@ -112,10 +112,10 @@ class ALSALS(torch.optim.Optimizer):
         eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction.
         weight_decay (`float`, defaults to 0.0): Decoupled weight decay per unit of step taken, as in AdamW. It is
             applied after the search and is not part of the searched line.
-        growth (`str` or `LineSearch`, defaults to `"path"`): How the step size grows. With `"path"` it follows the
-            slope along the path of training, and the search bounds it (see [`PathGrowth`]), which takes a copy of the
-            first weights in bfloat16; with `"constant"`, the published rule, it grows by `growth_factor` after each
-            search (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
+        growth (`str` or `LineSearch`, defaults to `"path"`): How the step size grows. With `"path"` that of each
+            tensor follows the slope along the path of training, and the search bounds them (see [`PathGrowth`]), which
+            takes a copy of the first weights in bfloat16; with `"constant"`, the published rule, it grows by
+            `growth_factor` after each search (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
         slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
             `"finite_difference"`; see [`Line`].
         direction (`str` or `type[Direction]`, defaults to `"adam"`): The direction: `"adam"`, `"muon"`, `"lamb"`,
@@ -158,6 +158,7 @@ class ALSALS(torch.optim.Optimizer):
     _copied = (
         "line_search",
         "search",
+        "tensors",
         "direction",
         "slope_method",
         "loss",
@@ -198,6 +199,7 @@ class ALSALS(torch.optim.Optimizer):
         self.direction = direction
         self.line_search = line_search_of(growth, **options)
         self.search = self.line_search.init()
+        self.tensors: dict[Tensor, TensorState] = {}
         self.pending = Pending()
         self.loss = math.nan
         self.search_seconds = 0.0
@@ -211,7 +213,7 @@ class ALSALS(torch.optim.Optimizer):
 
         Args:
             param_group (`dict`): Parameters under `"params"`, and `lr`, `betas`, `eps` and `weight_decay` where they
-                differ from the defaults.
+                differ from the defaults. `"hidden": False` says that its matrices are embeddings and heads.
 
         Raises:
             TypeError: If a parameter is complex.
@@ -221,6 +223,8 @@ class ALSALS(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_hyperparameters(group)
+            if "muon" in group:
+                raise ValueError('muon is called hidden in parameter groups: {"params": embeddings, "hidden": False}.')
             if named := sorted({*self.line_search.options, "direction", "growth", "slope"} & set(group)):
                 raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
             for param in group["params"]:
@@ -237,17 +241,21 @@ class ALSALS(torch.optim.Optimizer):
         """The step size found so far, before `lr`; before the first search the initial one."""
         return self.search.step_size
 
+    @property
+    def multipliers(self) -> dict[Tensor, float]:
+        """The step sizes of single tensors over the common one, by parameter, where they differ."""
+        return multipliers_of(self.tensors)
+
     def step_sizes(self) -> dict[str, list[float]]:
         """Return the step sizes of single tensors, before `lr`, by kind: hidden matrices, vectors and others.
 
         Kinds without a tensor that has a step size of its own are left out: in `growth=constant` all.
         """
         by_kind: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "path" in self.state.get(p, {}):
-                    kind = "vectors" if p.ndim < 2 else "hidden" if group.get("hidden", True) else "others"
-                    by_kind[kind].append(self.step_size * TensorState(*self.state[p]["path"].tolist()).multiplier)
+        hidden = {id(p) for p in hidden_matrices(self.param_groups)}
+        for p, tensor in self.tensors.items():
+            kind = "vectors" if p.ndim < 2 else "hidden" if id(p) in hidden else "others"
+            by_kind[kind].append(self.step_size * tensor.multiplier)
         return {kind: sizes for kind, sizes in by_kind.items() if sizes}
 
     @property
@@ -353,14 +361,19 @@ class ALSALS(torch.optim.Optimizer):
                 self.search = self.line_search.search(followed, line)
                 self.search_seconds += time.perf_counter() - begin if self.searched else 0.0
                 line.move(self.search.taken)
-            for p, tensor in tensors.items():
-                self.state[p]["path"] = torch.tensor(dataclasses.astuple(tensor), dtype=torch.float64, device="cpu")
+            self.tensors |= tensors
             if self.search.is_blind and self.searched:
                 warnings.warn(f"ALSALS: {HIDDEN_GRADIENT}.", stacklevel=3)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search."""
+        """Return the moments, the hyperparameters and, in every parameter group, the numbers of the search.
+
+        What is noted of single tensors is in the state of each, as `path`.
+        """
+        for p in self.state:
+            if "step" in self.state[p] and isinstance(self.line_search.growth, PathGrowth):
+                self._write_tensor(p)
         search = self.line_search.state_dict(self.search) | self._names()
         for group in self.param_groups:
             group.setdefault("peak_lr", 0.0)  # a sharded load fills only what is there
@@ -396,14 +409,16 @@ class ALSALS(torch.optim.Optimizer):
         names = [*self.line_search.state_dict(self.search)]
         self.search = self.line_search.load_state_dict({name: saved[f"search_{name}"] for name in names})
         self.skipped_steps, self.consecutive_skips = saved["skipped_steps"], saved["consecutive_skips"]
+        self.tensors = {}
         # torch has cast all tensors to the parameter's dtype, moments of bfloat16 and float16 parameters among them.
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if name in ("step", "path"):  # on a GPU each would cost a host-device sync
-                    dtype = torch.float32 if name == "step" else torch.float64
-                    self.state[p][name] = torch.as_tensor(value, dtype=dtype).to("cpu", copy=True)
+                if name == "step":  # on a GPU each would cost a host-device sync
+                    self.state[p][name] = torch.as_tensor(value, dtype=torch.float32).to("cpu", copy=True)
+                elif name == "path":
+                    self.tensors[p] = TensorState(*value.tolist())
                 elif isinstance(value, Tensor):
                     dtype = state_dtype(p) if name in self.direction.buffer_names else value.dtype
                     if dtype != p.dtype:
@@ -421,6 +436,8 @@ class ALSALS(torch.optim.Optimizer):
             if (other := saved.get(f"search_{name}", value)) != value:
                 raise ValueError(f"{name} must be {other!r}, as in the state_dict, got {value!r}.")
         names = [f"search_{name}" for name in (*self.line_search.state_dict(self.search), *self._names())]
+        if any("muon" in group for group in state_dict["param_groups"]):
+            raise ValueError('state_dict must be of this version of hf_alsals, got one with "muon" in its groups.')
         if missing := [name for name in (*names, "skipped_steps", "consecutive_skips") if name not in saved]:
             raise ValueError(f"state_dict must be of this version of hf_alsals, got one without {', '.join(missing)}.")
         return state_dict
@@ -462,6 +479,14 @@ class ALSALS(torch.optim.Optimizer):
         if self.line_search.needs_path_slope(lr_fraction=1.0):
             path_slopes(direction)
         direction.update()
+        if isinstance(self.line_search.growth, PathGrowth):
+            for p in direction.params:
+                self._write_tensor(p)
+
+    def _write_tensor(self, p: Tensor) -> None:
+        # On the parameter's device, as torch.distributed.checkpoint wants it; it is read from a checkpoint only.
+        numbers = list(vars(self.tensors.get(p, TensorState())).values())
+        self.state[p]["path"] = torch.tensor(numbers, dtype=torch.float64, device=p.device)
 
     def _start_of(self, closure: Closure) -> tuple[Tensor | float, Closure]:
         """Return the loss at the start, and the closure for probes; it may compute gradients, as in torch.optim."""
@@ -532,7 +557,7 @@ class ALSALS(torch.optim.Optimizer):
             (self.loss,) = to_floats([loss])
             return Start(is_finite=True, clip_coef=1.0, lr_fraction=1.0, path_slopes={})
         lr_fraction = self._lr_fraction()
-        direction.multipliers = multipliers_of(self._tensor_states(direction))
+        direction.multipliers = self.multipliers
         slopes: list[Tensor] = []
         scale: Tensor | float = math.inf
         if self.line_search.needs_path_slope(lr_fraction):
@@ -548,45 +573,45 @@ class ALSALS(torch.optim.Optimizer):
         is_finite = math.isfinite(self.loss + flagged) and 0 < coef < math.inf
         found = {}
         if slopes and is_finite:
-            lr_of = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+            rates = [(float(group["lr"]), group["params"]) for group in self.param_groups]
+            lr_of = {p: lr for lr, params in rates for p in params}
             path_of, last_of = numbers[: len(direction.params)], numbers[len(direction.params) :]
             for p, slope, along in zip(direction.params, path_of, last_of):
                 last_steps = SETTLED_STEPS * self.search.taken * lr_of[p] * along
                 found[p] = PathSlope(slope / coef, (slope - last_steps) / coef)
         return Start(is_finite, coef, lr_fraction, found, scale or math.inf)
 
-    def _tensor_states(self, direction: Direction) -> dict[Tensor, TensorState]:
-        states = {p: self.state.get(p, {}) for p in direction.params}
-        return {p: TensorState(*state["path"].tolist()) for p, state in states.items() if "path" in state}
-
     def _follow(self, direction: Direction, start: Start) -> tuple[SearchState, dict[Tensor, TensorState]]:
         """Return the state of the search, and of each tensor, after the path slopes of a step."""
         slopes, growth = start.path_slopes, self.line_search.growth
         if not slopes:
             return self.line_search.follow(self.search, math.nan, start.lr_fraction), {}
-        hidden = self._hidden_matrices(direction) or direction.params
+        hidden = self._hidden_matrices(direction)
+        steering = hidden or direction.params
         common = PathSlope(
-            sum(slopes[p].slope for p in hidden),
-            sum(slopes[p].settled for p in hidden),
-            start.weight_scale,
+            sum(slopes[p].slope for p in steering), sum(slopes[p].settled for p in steering), start.weight_scale
         )
+        if not isinstance(growth, PathGrowth):
+            return self.line_search.follow(self.search, common.slope, start.lr_fraction), {}
         followed = self.line_search.follow(self.search, common, start.lr_fraction)
-        if not (isinstance(growth, PathGrowth) and followed.is_initialized):
+        if not followed.is_initialized:
             return followed, {}
         log_growth = math.log(followed.step_size / self.search.step_size)
-        before, is_hidden = self._tensor_states(direction), dict.fromkeys(hidden, True)
-        tensors = {
-            p: growth.follow_tensor(
-                before.get(p, TensorState()), slopes[p], followed.growth, log_growth, is_hidden.get(p, False)
+        is_searched = self.line_search.is_searched(followed)
+        largest = math.inf if is_searched else growth.largest_unsearched / followed.step_size
+        is_hidden = dict.fromkeys(hidden, True)
+        tensors = {}
+        for p in direction.params:
+            before = self.tensors.get(p, TensorState())
+            tensors[p] = growth.follow_tensor(
+                before, slopes[p], followed.growth, log_growth, is_hidden.get(p, False), largest
             )
-            for p in direction.params
-        }
         direction.multipliers = multipliers_of(tensors)
         return followed, tensors
 
-    def _hidden_matrices(self, direction: Direction) -> list[Tensor]:
-        apart = {id(p) for group in self.param_groups if not group.get("hidden", True) for p in group["params"]}
-        return [p for p in direction.params if p.ndim >= 2 and id(p) not in apart]
+    @staticmethod
+    def _hidden_matrices(direction: Direction) -> list[Tensor]:
+        return [p for p in direction.hidden_matrices if p.grad is not None]
 
     def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.

@@ -11,6 +11,8 @@ from .direction import Chunk, Direction, state_dtype
 from .shards import grad_of
 
 # Of the optimizer's own state among ours, and the steps that those of pytorch_optimizer count in their groups.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 _PREFIX = "optimizer_"
 _STEPS = "steps_of_group"
 
@@ -28,12 +30,13 @@ class OptimizerDirection(Direction):
 
     reads_weights: ClassVar[bool] = False  # else the copy is zeros, from which differences are exact
 
-    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
-        """Return the optimizer of a parameter, at learning rate 1 and without weight decay.
+    def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of a parameter's copy, at learning rate 1 and without weight decay.
 
         Args:
-            p (`Tensor`): A copy of the parameter, with its gradient.
-            group (`dict`): Its parameter group.
+            p (`Tensor`): The parameter.
+            copy (`Tensor`): The copy, with its gradient.
+            group (`dict`): The parameter group.
         """
         raise NotImplementedError
 
@@ -64,7 +67,7 @@ class OptimizerDirection(Direction):
         shape = self.shape_of(p, group)
         copy = start.reshape(shape).clone().requires_grad_()
         copy.grad = grad_of(p).to(copy.dtype).reshape(shape)
-        optimizer = self.optimizer_of(copy, group)
+        optimizer = self.optimizer_of(p, copy, group)
         state = self.state[p]
         own = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
         if own:
@@ -92,9 +95,9 @@ class LionDirection(OptimizerDirection):
         """Raise an ImportError if the package is missing."""
         _from_pytorch_optimizer("Lion", cls.name)
 
-    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+    def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Lion with its own betas, (0.9, 0.99)."""
-        return _from_pytorch_optimizer("Lion", self.name)([p], lr=1.0, weight_decay=0.0)
+        return _from_pytorch_optimizer("Lion", self.name)([copy], lr=1.0, weight_decay=0.0)
 
 
 class LambDirection(OptimizerDirection):
@@ -109,10 +112,10 @@ class LambDirection(OptimizerDirection):
         """Raise an ImportError if the package is missing."""
         _from_pytorch_optimizer("Lamb", cls.name)
 
-    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+    def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return LAMB with the betas and eps of the group."""
         lamb = _from_pytorch_optimizer("Lamb", self.name)
-        return lamb([p], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
+        return lamb([copy], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
 
 
 class AdafactorDirection(OptimizerDirection):
@@ -121,11 +124,11 @@ class AdafactorDirection(OptimizerDirection):
     name = "adafactor"
     description = "Adafactor's direction"
 
-    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+    def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Adafactor without a learning rate of its own."""
         from transformers import Adafactor  # the optimizer alone does not need transformers
 
-        return Adafactor([p], lr=1.0, scale_parameter=False, relative_step=False)
+        return Adafactor([copy], lr=1.0, scale_parameter=False, relative_step=False)
 
 
 class MuonDirection(OptimizerDirection):
@@ -134,11 +137,15 @@ class MuonDirection(OptimizerDirection):
     A matrix moves along its orthogonalized momentum (`torch.optim.Muon`, torch 2.9 or newer), scaled so that its root
     mean square is 0.2, as Adam's is (arXiv 2502.16982, `match_rms_adamw`). The weights of a convolution are a matrix
     with a row for each output. Which matrices are hidden ones the tensors do not say: a parameter group with
-    `"hidden": False` holds embeddings and the head. The Trainer makes it.
+    `"hidden": False` holds embeddings and the head. The Trainer notes them by itself.
     """
 
     name = "muon"
     description = "Muon's direction"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._hidden = {id(p) for p in self.hidden_matrices if p.numel() > 0}
 
     @classmethod
     def check_installed(cls) -> None:
@@ -148,43 +155,45 @@ class MuonDirection(OptimizerDirection):
 
     def shape_of(self, p: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
         """Return two dimensions for what moves along Muon's direction, else the parameter's own."""
-        return (len(p), p.numel() // len(p)) if _is_hidden_matrix(p, group) else tuple(p.shape)
+        return (len(p), p.numel() // len(p)) if id(p) in self._hidden else tuple(p.shape)
 
-    def optimizer_of(self, p: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
+    def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Muon for a hidden matrix, else AdamW with the betas and eps of the group."""
-        if _is_hidden_matrix(p, group):
-            return torch.optim.Muon([p], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        return torch.optim.AdamW([p], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
+        if id(p) in self._hidden:
+            return torch.optim.Muon([copy], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        return torch.optim.AdamW([copy], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
 
 
-def _is_hidden_matrix(p: Tensor, group: dict[str, Any]) -> bool:
-    return p.ndim >= 2 and p.numel() > 0 and group.get("hidden", True)
+def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, layers_only: bool = False) -> None:
+    """Note in the parameter groups which matrices are no hidden ones: the places of embeddings and heads, `"apart"`.
 
-
-def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put what are no hidden matrices into parameter groups of their own, with `"hidden": False`.
-
-    Hidden matrices are the weights of linear layers and convolutions, but for heads: output embeddings, and linear
-    layers of as many outputs as the config has tokens or labels.
+    Heads are output embeddings, and linear layers of as many outputs as the config has tokens or labels.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer of the model, before its first step.
+        optimizer (`torch.optim.Optimizer`): The optimizer of the model.
         model (`nn.Module`): The model.
+        layers_only (`bool`, defaults to `False`): Whether hidden matrices are the weights of linear layers and
+            convolutions only, as Muon takes them.
     """
     config, output = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
-    sizes = {getattr(config, name, None) for name in ("vocab_size", "num_labels")}
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    hidden = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D"
-        if module is not output and getattr(module, "out_features", None) not in sizes - {None}
-    } - embeddings
-    for group in list(optimizer.param_groups):
-        others = [p for p in group["params"] if p.ndim > 1 and id(p) not in hidden]
-        if others and group.get("hidden", True):
-            group["params"] = [p for p in group["params"] if p.ndim <= 1 or id(p) in hidden]
-            optimizer.add_param_group({**group, "params": others, "hidden": False})
+    sizes = {getattr(config, name, None) for name in ("vocab_size", "num_labels")} - {None}
+    apart, layers = set(), set()
+    for name, module in model.named_modules():
+        is_layer = (
+            isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D"
+        )
+        is_adapter = ".lora_" in name  # whose rank may be the number of labels
+        is_head = module is output or (getattr(module, "out_features", None) in sizes and not is_adapter)
+        if isinstance(module, nn.Embedding) or (is_layer and is_head):
+            apart.add(id(module.weight))
+        elif is_layer:
+            layers.add(id(module.weight))
+    for group in optimizer.param_groups:
+        group["apart"] = [
+            place
+            for place, p in enumerate(group["params"])
+            if p.ndim > 1 and (id(p) in apart or (layers_only and id(p) not in layers))
+        ]
 
 
 def _from_pytorch_optimizer(name: str, direction: str) -> Any:

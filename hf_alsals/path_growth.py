@@ -168,7 +168,7 @@ class PathGrowth:
     overshoot: ClassVar[float] = 0.3  # at 0 the steps are too short where gradients are mostly noise
     settling: ClassVar[float] = 40.0
     largest_share: ClassVar[float] = 0.4
-    largest_multiplier: ClassVar[float] = 30.0
+    largest_multiplier: ClassVar[float] = 32.0
     largest_hidden_multiplier: ClassVar[float] = 4.0
     least_path_size: ClassVar[float] = 0.1
     ramp: ClassVar[float] = 6.0
@@ -238,7 +238,13 @@ class PathGrowth:
         return math.log(self.growth_factor) * exponent
 
     def follow_tensor(
-        self, state: TensorState, path_slope: PathSlope, common: PathGrowthState, log_growth: float, is_hidden: bool
+        self,
+        state: TensorState,
+        path_slope: PathSlope,
+        common: PathGrowthState,
+        log_growth: float,
+        is_hidden: bool,
+        largest: float = math.inf,
     ) -> TensorState:
         """Return the state of a tensor after a new batch's path slope.
 
@@ -248,13 +254,16 @@ class PathGrowth:
             common (`PathGrowthState`): The state that `follow` returned.
             log_growth (`float`): By how much the logarithm of the common step size has grown in it.
             is_hidden (`bool`): Whether the tensor is a hidden matrix.
+            largest (`float`, defaults to infinity): The largest multiplier, where it is below those of the class.
         """
         state = state.averaged(path_slope)
         if common.steps_since_overshoot < 0:
             return replace(state, steps_since_overshoot=-1)
-        largest = self.largest_hidden_multiplier if is_hidden else self.largest_multiplier
+        if state.settled_size == 0:  # nothing is known of it
+            return state
+        largest = min(largest, self.largest_hidden_multiplier if is_hidden else self.largest_multiplier)
         log_multiplier = state.log_multiplier + self.log_growth(state, common) - log_growth
-        return replace(state, log_multiplier=min(max(log_multiplier, 0.0), math.log(largest)))
+        return replace(state, log_multiplier=max(min(log_multiplier, math.log(max(largest, 1.0))), 0.0))
 
     def start(self, state: PathGrowthState, step_size: float) -> float:
         """Return the step size that a search probes first: the one that it has come to."""

@@ -1,5 +1,6 @@
 """The path slope: the rate at which a batch's loss falls along the displacement from initialization."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from .direction import Chunk, Direction
-from .shards import cut, grad_of, local_shard, sum_over_shards, sums_by_param
+from .shards import cut, grad_of, local_shard, piece_size, sum_over_shards, sums_by_param
 
 # Up to as many elements are read whole; of more, SAMPLE_SIZE or a share of 1 in MAX_DISTANCE, whichever is more, stand
 # for all. Short blocks, for of an embedding the rows of frequent tokens count, and every row has to be met.
@@ -63,26 +64,20 @@ def path_slopes(direction: Direction) -> PathSlopes:
                 blocks = _number_of_blocks(p, total)
                 kept = _blocks(p.detach(), blocks) if blocks else p.detach()
                 direction.state[p]["initial"] = kept.to(torch.bfloat16, copy=True)
-        last = Chunk(group, buffers={name: [] for name in direction.buffer_names})
-        shares = []
-        for piece in (*_whole(direction, known), *_sampled(direction, known)):
+        batch: list[_Piece] = []
+        for piece in itertools.chain(_whole(direction, known), _sampled(direction, known)):
             paths.append(piece.path_slope)
             owners.append(piece.owner)
             if piece.buffers:
-                last.owners.append(piece.owner)
-                last.params.append(piece.grad)
-                last.grads.append(piece.grad)
-                last.steps.append(direction.state[piece.owner]["step"].item())
-                last.multipliers.append(direction.multipliers.get(piece.owner, 1.0))
-                for buffers, buffer in zip(last.buffers.values(), piece.buffers):
-                    buffers.append(buffer)
-                shares.append(piece.share)
-        if shares:
-            lasts += [share * product for share, product in zip(shares, direction.products(last))]
-            moved += last.owners
-    path, last_ = sums_by_param(paths, owners), sums_by_param(lasts, moved)
+                batch.append(piece)
+                moved.append(piece.owner)
+            if sum(one.grad.numel() for one in batch) >= piece_size(piece.grad):
+                lasts += _last_slopes(direction, group, batch)
+                batch = []
+        lasts += _last_slopes(direction, group, batch)
+    path, last = sums_by_param(paths, owners), sums_by_param(lasts, moved)
     zero = torch.zeros(())
-    return PathSlopes([path.get(p, zero) for p in direction.params], [last_.get(p, zero) for p in direction.params])
+    return PathSlopes([path.get(p, zero) for p in direction.params], [last.get(p, zero) for p in direction.params])
 
 
 class _Piece(NamedTuple):
@@ -91,6 +86,22 @@ class _Piece(NamedTuple):
     buffers: list[Tensor]  # of the direction, empty before its first step
     share: float  # what the piece stands for, as a multiple of it
     path_slope: Tensor
+
+
+def _last_slopes(direction: Direction, group: dict[str, Any], pieces: list[_Piece]) -> list[Tensor]:
+    if not pieces:
+        return []
+    grads = [piece.grad for piece in pieces]
+    chunk = Chunk(
+        group,
+        owners=[piece.owner for piece in pieces],
+        params=grads,
+        grads=grads,
+        buffers={name: [piece.buffers[i] for piece in pieces] for i, name in enumerate(direction.buffer_names)},
+        steps=[direction.state[piece.owner]["step"].item() for piece in pieces],
+        multipliers=[direction.multipliers.get(piece.owner, 1.0) for piece in pieces],
+    )
+    return [piece.share * product for piece, product in zip(pieces, direction.last_products(chunk))]
 
 
 def _whole(direction: Direction, params: list[Tensor]) -> Iterator[_Piece]:

@@ -17,7 +17,7 @@ from .checkpoint import CheckpointMixin
 from .failure_callback import FailureCallback
 from .loss_replay import LossReplay
 from .optimizer import ALSALS, unwrap_alsals
-from .optimizer_direction import direction_of, set_hidden_matrices
+from .optimizer_direction import MuonDirection, direction_of, set_hidden_matrices
 from .plain_state import PlainState, plain_values
 from .presets import PRESETS
 from .publishing import PublishingMixin
@@ -144,9 +144,8 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
         """Create the optimizer; the arguments are the Trainer's."""
         optimizer = super().create_optimizer(*args, **kwargs)
         self.alsals, self.loss_replay = unwrap_alsals(optimizer), None
-        # A scheduler of the user's knows the groups that there were.
-        if self.alsals is not None and self.lr_scheduler is None:
-            set_hidden_matrices(self.alsals, self.model)
+        if self.alsals is not None:
+            set_hidden_matrices(self.alsals, self.model, layers_only=self.alsals.direction is MuonDirection)
         if self.alsals is not None and self.alsals.pending.closure is None:
             self.alsals.set_closure(Unrecorded(type(self)))
         return optimizer

@@ -102,7 +102,7 @@ def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_facto
                     average[4] = None  # all move alike at first
                 else:
                     log = logs[i] + log_growth(*average) - math.log(eta / before)
-                    logs[i] = min(max(log, 0.0), math.log(4.0 if hidden[i] else 30.0))
+                    logs[i] = min(max(log, 0.0), math.log(4.0 if hidden[i] else 32.0))
         multipliers = [2 ** (round(4 * log / math.log(2)) / 4) for log in logs]
         d = torch.cat([multiplier * part for multiplier, part in zip(multipliers, d.split(counts))])
 

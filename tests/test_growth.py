@@ -102,6 +102,7 @@ class RampGrowth:
         return RampState()
 
     def follow(self, state, step_size, path_slope, is_searched=True):
+        assert isinstance(path_slope, float)
         if state.steps == self.ramp_steps:
             return state, step_size
         steps = state.steps + 1

@@ -6,6 +6,7 @@ from searching import Searching, initialized, quadratic, recorder
 
 from hf_alsals.initial_search import InitialSearch
 from hf_alsals.path_growth import PathGrowth
+from hf_alsals.presets import line_search_of
 from hf_alsals.presets import LINE_SEARCHES
 
 GROWTHS = ["constant", "path"]
@@ -400,6 +401,21 @@ def test_a_search_doubles_what_is_far_too_small_as_long_as_the_prediction_holds(
     assert (state.step_size, state.probes, state.smallest_probe, state.accepted) == (taken, len(probed), start, True)
     assert (state.actual_reduction, state.predicted_reduction) == (-loss(taken), taken)
     assert state.nonfinite_probes == sum(math.isnan(loss(step_size)) for step_size in probed)
+
+
+def test_a_search_doubles_nothing_uphill():
+    searching = initialized()
+    probe, probed = recorder(lambda step_size: 0.6 * step_size)
+    searching.search(0.0, -1.0, probe, path_slope=1.0)
+    assert len(probed) == 1
+
+
+def test_a_growth_that_lacks_a_method_is_refused_by_the_name_of_it():
+    class Half(type(PathGrowth())):
+        largest_doubled = property()
+
+    with pytest.raises(TypeError, match="got one without largest_doubled"):
+        dataclasses.replace(line_search_of("path"), growth=Half())
 
 
 def test_a_search_doubles_nothing_where_the_path_slope_is_not_clearly_positive():

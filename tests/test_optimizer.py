@@ -1,3 +1,4 @@
+import copy
 import functools
 import itertools
 import math
@@ -20,6 +21,7 @@ from small_problems import (
     train,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_alsals import ALSALS, PRESETS
 
@@ -134,6 +136,94 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
     assert losses[-1] < 0.3 * losses[0]
     found = [size / optimizer.step_size for size in optimizer.step_sizes()["hidden"]]
     assert found == pytest.approx([multipliers[0], multipliers[2]])
+
+
+def overshooting(net, **settings):
+    """Return an optimizer that has overshot, and whose tensors have step sizes of their own."""
+    optimizer = ALSALS(net.parameters(), growth_factor=1.2, search_interval=1, **settings)
+    train(net, optimizer, range(60))
+    assert optimizer.search.growth.steps_since_overshoot > 0
+    assert len({size for sizes in optimizer.step_sizes().values() for size in sizes}) > 1
+    return optimizer
+
+
+def test_a_step_moves_each_tensor_by_its_own_step_size_and_the_learning_rate_of_its_group():
+    net = make_net()
+    optimizer = overshooting(net)
+    rest = optimizer.param_groups[0]["params"][2:]
+    del optimizer.param_groups[0]["params"][2:]
+    optimizer.add_param_group({"params": rest, "lr": 0.25, "weight_decay": 0.01})
+    before = snapshot(net.parameters())
+    train(net, optimizer, [60])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            start = before[[q is p for q in net.parameters()].index(True)]
+            multiplier = 2 ** (round(4 * optimizer.tensors[p].log_multiplier / math.log(2)) / 4)
+            taken = group["lr"] * optimizer.search.taken
+            moments = [optimizer.state[p][name] for name in ("exp_avg", "exp_avg_sq")]
+            step = optimizer.state[p]["step"].item()
+            d = moments[0] / (1 - 0.9**step) / ((moments[1] / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected = start * (1 - taken * group["weight_decay"]) - multiplier * taken * d
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_that_fills_a_fresh_optimizer_has_the_step_sizes_of_tensors():
+    net = make_net()
+    optimizer = overshooting(net)
+    other = make_net()
+    other.load_state_dict(net.state_dict())
+    fresh = ALSALS(other.parameters(), growth_factor=1.2, search_interval=1)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    get_optimizer_state_dict(other, fresh)  # as torch.distributed.checkpoint.load, which fills what is there
+    names = {id(p): name for name, p in other.named_parameters()}
+    for p in other.parameters():
+        assert fresh.state[p]["path"].shape == saved["state"][names[id(p)]]["path"].shape
+    set_optimizer_state_dict(other, fresh, saved)
+    assert [fresh.tensors[p] for p in other.parameters()] == [optimizer.tensors[p] for p in net.parameters()]
+    assert train(other, fresh, range(60, 80)) == train(net, optimizer, range(60, 80))
+
+
+def test_the_slope_of_a_search_is_along_all_step_sizes():
+    net = make_net()
+    optimizer = overshooting(net)
+    multipliers = {}
+    start = snapshot(net.parameters())
+    gradients = torch.autograd.grad(net_loss(net, 60), list(net.parameters()))
+    train(net, optimizer, [60])
+    sizes = optimizer.step_sizes()
+    multipliers = [size / optimizer.step_size for pair in zip(sizes["hidden"], sizes["vectors"]) for size in pair]
+    slope = 0.0
+    for p, g, multiplier in zip(net.parameters(), gradients, multipliers):
+        state, step = optimizer.state[p], optimizer.state[p]["step"].item()
+        d = state["exp_avg"] / (1 - 0.9**step) / ((state["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)
+        slope += multiplier * (g * d).sum().item()
+    assert optimizer.slope == pytest.approx(slope)
+    assert any(not torch.equal(p, q) for p, q in zip(start, net.parameters()))
+
+
+def test_embeddings_of_a_group_apart_do_not_steer_the_common_step_size():
+    def common(hidden):
+        net = make_net()
+        optimizer = ALSALS(
+            [{"params": list(net[0].parameters()), "hidden": hidden}, {"params": list(net[2].parameters())}]
+        )
+        train(net, optimizer, range(30))
+        return optimizer
+
+    apart, together = common(False), common(True)
+    assert apart.search.growth.mean_slope != together.search.growth.mean_slope
+    assert set(apart.step_sizes()) == {"hidden", "vectors", "others"}
+    assert set(together.step_sizes()) == {"hidden", "vectors"}
+    first = make_net()
+    assert apart.search.growth.weight_scale == pytest.approx(first[2].weight.square().mean().sqrt().item(), rel=0.01)
+
+
+def test_a_model_of_vectors_has_one_step_size_at_first_and_no_largest_one():
+    net = nn.ParameterList([torch.linspace(-1.2, 1.0, 6, dtype=torch.float64)])
+    optimizer = ALSALS(net.parameters())
+    train(net, optimizer, range(20), lambda net, k: rosenbrock(net[0]))
+    assert optimizer.search.growth.weight_scale == math.inf
+    assert optimizer.step_sizes() == {"vectors": [optimizer.step_size]}
 
 
 @pytest.mark.parametrize("seed", [0, 1])

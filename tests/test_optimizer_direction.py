@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pytorch_optimizer import Lamb, Lion
 from small_problems import assert_identical, make_net, net_loss, parameter_group, single, through_torch_save, train
 from tiny_training import Sequences, arguments, gpt2
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import Adafactor, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
+from hf_alsals.direction import hidden_matrices
 from hf_alsals.line_profile import LineProfile
 from hf_alsals.optimizer_direction import (
     AdafactorDirection,
@@ -135,33 +137,29 @@ def test_a_muon_step_has_the_root_mean_square_of_adams():
     assert direction.state[p]["direction"].square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
 
 
-def groups_after(model):
+def apart_in(model, layers_only):
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = ALSALS([{"params": decayed, "weight_decay": 0.1}, {"params": others}], direction="muon")
-    set_hidden_matrices(optimizer, model)
+    optimizer = ALSALS([{"params": decayed, "weight_decay": 0.1}, {"params": others}])
+    set_hidden_matrices(optimizer, model, layers_only)
     names = {p: name for name, p in model.named_parameters()}
-    return [
-        (g.get("hidden", True), g["weight_decay"], [names[p] for p in g["params"]]) for g in optimizer.param_groups
-    ]
+    hidden = [names[p] for p in hidden_matrices(optimizer.param_groups)]
+    assert len(optimizer.param_groups) == 2
+    return [name for p, name in names.items() if p.ndim > 1 and name not in hidden]
 
 
-def test_embeddings_and_heads_are_left_to_adam():
+@pytest.mark.parametrize("layers_only", [True, False])
+def test_embeddings_and_heads_are_no_hidden_matrices(layers_only):
     size = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": 16, "n_embd": 8, "n_head": 2, "n_layer": 1}
-    hidden, rest, apart = groups_after(GPT2LMHeadModel(GPT2Config(**size)))
-    assert apart == (False, 0.1, ["transformer.wte.weight", "transformer.wpe.weight"])  # the head is tied
-    assert hidden[:2] == (True, 0.1)
-    assert len(hidden[2]) == 4
-    assert rest[:2] == (True, 0.0)
+    apart = apart_in(GPT2LMHeadModel(GPT2Config(**size)), layers_only)
+    assert apart == ["transformer.wte.weight", "transformer.wpe.weight"]  # the head is tied
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
-    bert = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **size))
-    hidden, _, apart = groups_after(bert)
+    apart = apart_in(BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **size)), layers_only)
     embeddings = [f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")]
-    assert apart == (False, 0.1, [*embeddings, "classifier.weight"])
-    assert "bert.pooler.dense.weight" in hidden[2]
+    assert apart == [*embeddings, "classifier.weight"]
 
 
-def test_only_the_weights_of_layers_are_hidden_matrices_and_groups_are_split_once():
+def test_of_experts_and_positions_only_muon_makes_no_hidden_matrices():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,13 +167,23 @@ def test_only_the_weights_of_layers_are_hidden_matrices_and_groups_are_split_onc
             self.position = nn.Parameter(torch.zeros(1, 9, 4))
             self.experts = nn.Parameter(torch.zeros(2, 4, 4))
 
-    model = Model()
-    optimizer = ALSALS(model.parameters(), direction="muon")
-    for _ in range(2):
-        set_hidden_matrices(optimizer, model)
-        apart = [group["params"] for group in optimizer.param_groups if not group.get("hidden", True)]
-        assert len(optimizer.param_groups) == 2
-        assert [id(p) for p in apart[0]] == [id(model.position), id(model.experts)]
+    assert apart_in(Model(), layers_only=True) == ["position", "experts"]
+    assert apart_in(Model(), layers_only=False) == []
+
+
+def test_an_adapter_as_wide_as_there_are_labels_is_no_head():
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=4, **size))
+    model = get_peft_model(bert, LoraConfig(task_type="SEQ_CLS", r=4))
+    assert not [name for name in apart_in(model, layers_only=False) if "lora" in name]
+
+
+def test_a_group_says_that_it_has_no_hidden_matrices():
+    matrices = [nn.Parameter(torch.zeros(2, 2)) for _ in range(4)]
+    groups = [{"params": matrices[:1], "hidden": False}, {"params": matrices[1:], "apart": [1]}]
+    assert [id(p) for p in hidden_matrices(groups)] == [id(matrices[1]), id(matrices[3])]
+    with pytest.raises(ValueError, match="muon is called hidden"):
+        ALSALS([{"params": matrices, "muon": False}])
 
 
 def test_training_twice_and_resuming_with_muon(tmp_path):
@@ -221,8 +229,8 @@ def test_a_direction_of_an_optimizer_of_ones_own():
         name = "sgd"
         description = "the gradient"
 
-        def optimizer_of(self, p, group):
-            return torch.optim.SGD([p], lr=1.0, momentum=0.9)
+        def optimizer_of(self, p, copy, group):
+            return torch.optim.SGD([copy], lr=1.0, momentum=0.9)
 
     net, other = make_net(torch.float32), make_net(torch.float32)
     optimizer = ALSALS(

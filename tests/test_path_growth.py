@@ -146,7 +146,7 @@ def test_a_tensor_follows_its_own_path_slopes_from_then_on():
     assert tensor.steps_since_overshoot > 0
 
 
-@pytest.mark.parametrize(("is_hidden", "largest"), [(True, 4.0), (False, 30.0)])
+@pytest.mark.parametrize(("is_hidden", "largest"), [(True, 4.0), (False, 32.0)])
 def test_a_multiplier_stays_within_its_bounds(is_hidden, largest):
     growth = PathGrowth()
     common, tensor = overshot(growth), TensorState()
@@ -156,6 +156,22 @@ def test_a_multiplier_stays_within_its_bounds(is_hidden, largest):
                 tensor, PathSlope(path_slope, path_slope), common, 0.001 * (bound == 1.0), is_hidden=is_hidden
             )
         assert tensor.log_multiplier == pytest.approx(math.log(bound))
+
+
+def test_of_a_tensor_without_path_slopes_nothing_is_known():
+    growth = PathGrowth()
+    common, tensor = overshot(growth), TensorState()
+    for _ in range(50):
+        tensor = growth.follow_tensor(tensor, PathSlope(0.0, 0.0), common, 0.01, is_hidden=False)
+    assert tensor.multiplier == 1.0
+
+
+def test_a_largest_multiplier_bounds_it_too():
+    growth = PathGrowth()
+    common, tensor = overshot(growth), TensorState(log_multiplier=math.log(8))
+    for largest, expected in ((2.0, 2.0), (0.5, 1.0)):
+        bounded = growth.follow_tensor(tensor, PathSlope(1.0, 1.0), common, 0.0, is_hidden=False, largest=largest)
+        assert bounded.multiplier == expected
 
 
 def test_without_searches_it_grows_six_times_as_fast_until_a_path_slope_is_negative():

@@ -16,6 +16,7 @@ import pytorch_optimizer
 import torch
 
 from hf_alsals import AlsalsTrainer
+from hf_alsals.direction import hidden_matrices
 from hf_alsals.optimizer_direction import set_hidden_matrices
 
 
@@ -31,8 +32,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: torch.nn.Module, lr: float, rest_lr: float) -> None:
         groups = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        set_hidden_matrices(groups, model)
-        self.hidden = [p for p in groups.param_groups[0]["params"] if p.ndim >= 2]
+        set_hidden_matrices(groups, model, layers_only=True)
+        self.hidden = hidden_matrices(groups.param_groups)
         ids = {id(p) for p in self.hidden}
         rest = [p for group in groups.param_groups for p in group["params"] if id(p) not in ids]
         self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.hidden]  # of the same memory

