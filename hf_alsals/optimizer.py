@@ -371,15 +371,21 @@ class ALSALS(torch.optim.Optimizer):
 
         What is noted of single tensors is in the state of each, as `path`.
         """
-        for p in self.state:
-            if "step" in self.state[p] and isinstance(self.line_search.growth, PathGrowth):
-                self._write_tensor(p)
         search = self.line_search.state_dict(self.search) | self._names()
         for group in self.param_groups:
             group.setdefault("peak_lr", 0.0)  # a sharded load fills only what is there
             group.update({f"search_{name}": value for name, value in search.items()})
             group.update(skipped_steps=self.skipped_steps, consecutive_skips=self.consecutive_skips)
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if isinstance(self.line_search.growth, PathGrowth):
+            for group, packed in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                for p, index in zip(group["params"], packed["params"], strict=True):
+                    if "step" in self.state.get(p, {}):
+                        # On the parameter's device, as torch.distributed.checkpoint wants it.
+                        numbers = list(vars(self.tensors.get(p, TensorState())).values())
+                        path = torch.tensor(numbers, dtype=torch.float64, device=p.device)
+                        state_dict["state"][index] = state_dict["state"][index] | {"path": path}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue bit for bit from what `state_dict` returned.
@@ -419,6 +425,7 @@ class ALSALS(torch.optim.Optimizer):
                     self.state[p][name] = torch.as_tensor(value, dtype=torch.float32).to("cpu", copy=True)
                 elif name == "path":
                     self.tensors[p] = TensorState(*value.tolist())
+                    del self.state[p][name]
                 elif isinstance(value, Tensor):
                     dtype = state_dtype(p) if name in self.direction.buffer_names else value.dtype
                     if dtype != p.dtype:
@@ -479,14 +486,6 @@ class ALSALS(torch.optim.Optimizer):
         if self.line_search.needs_path_slope(lr_fraction=1.0):
             path_slopes(direction)
         direction.update()
-        if isinstance(self.line_search.growth, PathGrowth):
-            for p in direction.params:
-                self._write_tensor(p)
-
-    def _write_tensor(self, p: Tensor) -> None:
-        # On the parameter's device, as torch.distributed.checkpoint wants it; it is read from a checkpoint only.
-        numbers = list(vars(self.tensors.get(p, TensorState())).values())
-        self.state[p]["path"] = torch.tensor(numbers, dtype=torch.float64, device=p.device)
 
     def _start_of(self, closure: Closure) -> tuple[Tensor | float, Closure]:
         """Return the loss at the start, and the closure for probes; it may compute gradients, as in torch.optim."""

@@ -6,8 +6,7 @@ from searching import Searching, initialized, quadratic, recorder
 
 from hf_alsals.initial_search import InitialSearch
 from hf_alsals.path_growth import PathGrowth
-from hf_alsals.presets import line_search_of
-from hf_alsals.presets import LINE_SEARCHES
+from hf_alsals.presets import LINE_SEARCHES, line_search_of
 
 GROWTHS = ["constant", "path"]
 

@@ -17,7 +17,7 @@ FOLDER = Path(hf_alsals.__file__).parent
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER)])]
 # Numbers in, a decision out.
-LINE_SEARCH = {"checks", "growth", "acceptance", "interval", "initial_search", "line_search", "presets"}
+LINE_SEARCH = {"checks", "growth", "acceptance", "interval", "initial_search", "line_search", "path_growth", "presets"}
 # What moves the weights.
 OPTIMIZER = {"shards", "path_slope", "direction", "adam", "optimizer_direction", "line", "optimizer"}
 
@@ -157,7 +157,7 @@ def test_the_optimizer_imports_torch_and_nothing_of_the_trainer(module):
         ("direction", {"adam", "line", "optimizer", *LINE_SEARCH}),
         ("adam", {"line", "optimizer", *LINE_SEARCH}),
         ("line", {"adam", "optimizer", *LINE_SEARCH}),
-        ("path_slope", {"direction", "line", "optimizer", *LINE_SEARCH}),
+        ("path_slope", {"adam", "line", "optimizer", *LINE_SEARCH}),
         ("shards", OPTIMIZER | LINE_SEARCH),
         ("loss_replay", {"optimizer", "trainer", "line", "direction"}),
         ("optimizer", {"loss_replay", "trainer", "callbacks"}),

@@ -114,7 +114,9 @@ def test_what_the_growth_rule_logs_is_drawn_by_name(tmp_path):
 def test_a_run_says_what_its_growth_rule_logs(growth, drawn, tmp_path):
     args = arguments(tmp_path, max_steps=3, optim_args=f"growth={growth},search_interval=1")
     AlsalsTrainer(gpt2(), args, train_dataset=Sequences()).train()
-    assert list(Page(report(str(tmp_path))).images)[4:] == drawn
+    images = list(Page(report(str(tmp_path))).images)
+    assert images[images.index("probes per step") + 1 :] == drawn
+    assert ("step sizes of tensors: median and quartiles" in images) == (growth == "path")
 
 
 def test_the_newest_of_the_states_is_taken(tmp_path):
@@ -382,7 +384,8 @@ def test_the_pages_of_a_real_run_in_a_real_browser(browser, tmp_path):
 
     one = shown["report"]
     assert one["title"] == "Run run"
-    curves = ["loss", "step size", "Armijo ratio, cut off at -1 and 2", "probes per step", "path slope"]
+    by_kind = "step sizes of tensors: median and quartiles"
+    curves = ["loss", "step size", by_kind, "Armijo ratio, cut off at -1 and 2", "probes per step", "path slope"]
     assert [alt for alt, _ in one["images"]] == curves
     assert min(width for page in shown.values() for _, width in page["images"]) > 500
     assert f"Step 3: {message}" in one["text"]
