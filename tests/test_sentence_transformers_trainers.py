@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from hf_alsals import AlsalsArgumentsMixin, AlsalsTrainerMixin
-from hf_alsals.optimizer import KINDS
+from hf_alsals.optimizer import KINDS as TENSOR_KINDS
 
 REASON = "sentence-transformers is optional, and may not run on the oldest transformers"
 st = pytest.importorskip("sentence_transformers", reason=REASON)
@@ -85,7 +85,7 @@ def build(kind, folder, optim, mixed=True, loss=None, model=None, **kwargs):
 
 
 SEARCH = {"learning_rate", "step_size", "lr_multiplier", "slope", "decrease", "armijo_ratio", "path_slope", "probes"}
-SEARCH |= {f"step_size_{kind}{end}" for kind in KINDS for end in ("_q1", "", "_q3")}
+SEARCH |= {f"step_size_{kind}{end}" for kind in TENSOR_KINDS for end in ("_q1", "", "_q3")}
 SETTINGS = [
     ("SentenceTransformer", losses.CosineSimilarityLoss),
     ("SentenceTransformer", TwoLosses),

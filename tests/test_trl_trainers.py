@@ -10,7 +10,7 @@ from tiny_training import Observer, training_logs, weights
 from tiny_trl import count_of_one_word, dataset_of, model_for, tokenizer
 
 from hf_alsals import AlsalsArgumentsMixin, AlsalsTrainerMixin, FailureCallback
-from hf_alsals.optimizer import KINDS
+from hf_alsals.optimizer import KINDS as TENSOR_KINDS
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -81,7 +81,7 @@ def build(name, tmp_path, optim, mixed=True, **kwargs):
 
 
 SEARCH = {"learning_rate", "step_size", "lr_multiplier", "slope", "decrease", "armijo_ratio", "path_slope", "probes"}
-SEARCH |= {f"step_size_{kind}{end}" for kind in KINDS for end in ("_q1", "", "_q3")}
+SEARCH |= {f"step_size_{kind}{end}" for kind in TENSOR_KINDS for end in ("_q1", "", "_q3")}
 
 
 def logged(trainer, without=()):
