@@ -195,7 +195,7 @@ def draw_step_size(log_history: list[dict[str, Any]], title: str, path: str) -> 
     loss_axes.set_ylabel("loss")
     if searched:
         taken = [entry["step_size"] * entry["lr_multiplier"] for entry in logs]
-        step_size_axes.plot(steps, [entry["step_size"] for entry in logs], ".-", label="step size (search)")
+        step_size_axes.plot(steps, [entry["step_size"] for entry in logs], ".-", label="common step size")
         step_size_axes.plot(steps, taken, ".--", label="times the schedule")
         for number, kind in enumerate(KINDS, start=2):
             low, median, high = (

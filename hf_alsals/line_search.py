@@ -338,7 +338,8 @@ class LineSearch:
             step_size, reduction, more = self._double(state, line, step_size, reduction)
             probes += len(more)
             nonfinite_probes += sum(not math.isfinite(one) for one in more)
-            acceptance = self.acceptance.update(state.acceptance, step_size, slope, reduction)
+            if step_size > start:
+                acceptance = self.acceptance.update(state.acceptance, step_size, slope, reduction)
         again = not math.isfinite(reduction) or (self.retry_rejected and not accepted)
         return replace(
             state,

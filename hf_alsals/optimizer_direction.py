@@ -10,9 +10,8 @@ from .adam import AdamDirection
 from .direction import Chunk, Direction, state_dtype
 from .shards import grad_of
 
-# Of the optimizer's own state among ours, and the steps that those of pytorch_optimizer count in their groups.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
+# Of the optimizer's own state among ours, and the steps that those of pytorch_optimizer count in their groups.
 _PREFIX = "optimizer_"
 _STEPS = "steps_of_group"
 
@@ -179,9 +178,7 @@ def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, laye
     sizes = {getattr(config, name, None) for name in ("vocab_size", "num_labels")} - {None}
     apart, layers = set(), set()
     for name, module in model.named_modules():
-        is_layer = (
-            isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D"
-        )
+        is_layer = isinstance(module, _LAYERS) or type(module).__name__ == "Conv1D"  # transformers' own
         is_adapter = ".lora_" in name  # whose rank may be the number of labels
         is_head = module is output or (getattr(module, "out_features", None) in sizes and not is_adapter)
         if isinstance(module, nn.Embedding) or (is_layer and is_head):

@@ -65,15 +65,17 @@ def path_slopes(direction: Direction) -> PathSlopes:
                 kept = _blocks(p.detach(), blocks) if blocks else p.detach()
                 direction.state[p]["initial"] = kept.to(torch.bfloat16, copy=True)
         batch: list[_Piece] = []
+        size = 0
         for piece in itertools.chain(_whole(direction, known), _sampled(direction, known)):
             paths.append(piece.path_slope)
             owners.append(piece.owner)
             if piece.buffers:
                 batch.append(piece)
                 moved.append(piece.owner)
-            if sum(one.grad.numel() for one in batch) >= piece_size(piece.grad):
+                size += piece.grad.numel()
+            if size >= piece_size(piece.grad):
                 lasts += _last_slopes(direction, group, batch)
-                batch = []
+                batch, size = [], 0
         lasts += _last_slopes(direction, group, batch)
     path, last = sums_by_param(paths, owners), sums_by_param(lasts, moved)
     zero = torch.zeros(())

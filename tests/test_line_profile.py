@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 from hf_alsals import ALSALS, AlsalsTrainer, LineProfileCallback
 from hf_alsals.line_profile import LineProfile, draw_line_profile
+from hf_alsals.path_growth import TensorState
 
 STEP_SIZES = [0.0, 1e-4, 1e-3, 1e-2, 0.1]
 
 
-@pytest.mark.parametrize("steps_before", [0, 3])
-def test_the_losses_on_the_line_are_those_of_adamw_at_these_learning_rates(steps_before):
+@pytest.mark.parametrize(("steps_before", "multiplier"), [(0, 1.0), (3, 1.0), (3, 2.0)])
+def test_the_losses_on_the_line_are_those_of_adamw_at_these_learning_rates(steps_before, multiplier):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     x, other = torch.randn(16, 4).double(), torch.randn(16, 4).double()
@@ -31,11 +33,14 @@ def test_the_losses_on_the_line_are_those_of_adamw_at_these_learning_rates(steps
         if _ < steps_before:
             optimizer.step(lambda: loss_of(model, x), loss)
 
+    optimizer.tensors[model[0].weight] = TensorState(log_multiplier=math.log(multiplier))
     expected = {"own": [], "other": []}
     slopes = []
     for step_size in STEP_SIZES:
         twin = copy.deepcopy(model)
-        adamw = torch.optim.AdamW(twin.parameters(), lr=step_size, weight_decay=0.0)
+        first, *rest = twin.parameters()
+        groups = [{"params": [first], "lr": multiplier * step_size}, {"params": rest}]
+        adamw = torch.optim.AdamW(groups, lr=step_size, weight_decay=0.0)
         for p, q in zip(model.parameters(), twin.parameters()):
             q.grad = p.grad.clone()
             adamw.state[q] = {name: value.clone() for name, value in optimizer.state[p].items()}
