@@ -12,6 +12,7 @@ import matrix
 import pytest
 import runs
 import tables
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
@@ -228,6 +229,63 @@ def test_of_equal_metrics_the_lower_loss_is_better():
     assert [one["learning_rate"] for one in tables.best_rows(rows, "digits", "adamw")] == [3e-3, 1e-3, 6e-3]
 
 
+WSD = "adamw, warmup_stable_decay"
+
+
+def swept_runs():
+    """Return runs of AdamW on two tasks and three rates, of which one schedule has three seeds, and of others."""
+    return [
+        *(run_of("adamw", 1e-3, loss, seed) for seed, loss in enumerate((4.0, 4.2, 4.1), start=1)),
+        *(run_of(WSD, 1e-3, loss, seed) for seed, loss in enumerate((4.1, 4.0, 3.9), start=1)),
+        run_of("adamw", 3e-3, 3.0, 1),  # by luck
+        run_of("adamw", 3e-4, 5.0, 1),
+        *(run_of("alsals", None, loss, seed) for seed, loss in ((1, 4.1), (2, 4.0))),
+        run_of("adamw", 3e-4, 2.0, 1, task="t5"),
+        run_of("adamw", 1e-3, 2.2, 1, task="t5"),
+        run_of("alsals", None, 1.9, 1, task="t5", version=matrix.METHOD_VERSION - 1),
+        run_of("alsals", None, 9.0, 1, task="gpt2-wide"),  # where AdamW was not run
+    ]
+
+
+def test_regret_is_that_over_the_best_of_most_seeds_of_a_sweep_by_todays_version():
+    rows = tables.summarize(swept_runs())
+    swept = tables.swept_row(rows, "bert-mlm")
+    assert (swept["optimizer"], swept["learning_rate"], swept["seeds"]) == (WSD, 1e-3, 3)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.regret_table(rows).splitlines()]
+    by_task = {line[0]: line for line in lines}
+    assert by_task["bert-mlm"][1] == "4.000 ± 0.058 (0.001, stable, then linear, best of 4)"
+    # At 0.001 AdamW is 0 and 10 % above its best (cosine: 2.5 and 10), at 0.0003 25 and 0.
+    assert (by_task["bert-mlm"][2], by_task["t5"][2]) == ("+2.5 %", "+10.0 %")
+    assert by_task["bert-mlm"][3] == "+1.2 %"  # 4.05 over 4.0
+    assert by_task["t5"][3] == f"-5.0 % v{matrix.METHOD_VERSION - 1}"
+    assert "gpt2-wide" not in by_task
+    assert by_task["**mean in loss**"][2:4] == ["+6.2 % (2 tasks)", "+1.2 % (1 tasks)"]
+    assert by_task["**worst in loss**"][2:4] == ["+10.0 % (2 tasks)", "+1.2 % (1 tasks)"]
+
+
+def test_a_task_that_is_judged_by_accuracy_is_compared_in_points():
+    runs_of_digits = [run_of("adamw", 1e-3, 1.0, 1, task="digits"), run_of("alsals", None, 3.0, 1, task="digits")]
+    for one, accuracy in zip(runs_of_digits, (0.95, 0.93)):
+        one["results"]["eval_accuracy"] = accuracy
+    table = tables.regret_table(tables.summarize(runs_of_digits))
+    assert "| +2.0 points |" in table
+    assert "%" not in table
+
+
+def test_a_profile_is_that_of_the_tasks_that_were_swept(monkeypatch, tmp_path):
+    drawn = {}
+
+    def step(axes, x, y, **style):
+        drawn[style["label"]] = (x, y)
+
+    monkeypatch.setattr(Axes, "step", step)
+    monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
+    tables.draw_profile(tables.summarize(swept_runs()), tmp_path / "profile.png")
+    assert drawn["AdamW, swept (2 tasks)"] == ([1, 1.0, 1.0, 2], [0, 0.5, 1.0, 1.0])
+    assert drawn["alsals (1 tasks)"] == ([1, pytest.approx(4.05 / 4.0), 2], [0, 1.0, 1.0])
+    assert drawn["AdamW, one rate (2 tasks)"][0] == pytest.approx([1, 4.1 / 4.0, 2.2 / 2.0, 2])
+
+
 def test_a_page_is_rewritten_between_its_markers_only(tmp_path):
     page = tmp_path / "README.md"
     text = "a\n<!-- table: start -->{}<!-- table: end -->\nb\n<!-- other: start -->\nc\n<!-- other: end -->\n"
@@ -280,12 +338,13 @@ def test_the_committed_runs_and_curves_agree():
 def test_the_tables_of_the_page_are_those_of_the_committed_runs():
     rows = tables.summarize(runs.load(BENCHMARKS))
     page = (BENCHMARKS / "README.md").read_text()
-    for name, optimizers in (
-        ("table", [name for name in matrix.OPTIMIZERS if name not in matrix.VARIANTS]),
-        ("variants", matrix.VARIANTS),
+    for name, expected in (
+        ("regret", tables.regret_table(rows)),
+        ("table", tables.table(rows, [name for name in matrix.OPTIMIZERS if name not in matrix.VARIANTS])),
+        ("variants", tables.table(rows, matrix.VARIANTS)),
     ):
         (text,) = re.findall(f"<!-- {name}: start -->(.*?)<!-- {name}: end -->", page, re.DOTALL)
-        assert text.strip() == tables.table(rows, optimizers)
+        assert text.strip() == expected
 
 
 @pytest.mark.parametrize(

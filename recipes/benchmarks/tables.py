@@ -92,9 +92,11 @@ PROFILE = ("alsals", "alsals_muon", "schedule-free", "prodigy", "alsals_paper", 
 
 
 def swept_row(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
-    """Return the best row on a task of a sweep of AdamW over learning rates and two schedules."""
+    """Return the best row on a task of a sweep of AdamW over learning rates and two schedules, of most seeds."""
     found = [row for name in SWEEP if (row := chosen_row(rows, task, name)) is not None]
+    most = max((row["seeds"] for row in found), default=0)
     sign = -1 if matrix.TASKS[task].higher_is_better else 1
+    found = [row for row in found if row["seeds"] == most]
     return min(found, key=lambda row: sign * row[matrix.TASKS[task].metric], default=None)
 
 
@@ -120,7 +122,8 @@ def regret(row: dict[str, Any], best: dict[str, Any]) -> float:
 def regret_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: on each task the best of AdamW's sweep, and by how much others are worse.
 
-    It is per cent of the loss, or, where a task is judged by accuracy or correlation, points of that.
+    It is per cent of the loss, or, where a task is judged by accuracy or correlation, points of that. Mean and worst
+    are those of today's version.
     """
     one_rate = one_rate_rows(rows)
     tasks = [task for task in matrix.TASKS if swept_row(rows, task) is not None]
@@ -139,8 +142,9 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
                 continue
             mark = f" {_mark(row).replace('version ', 'v')}".rstrip()
             if metric == "eval_loss":
-                regrets[name].append(regret(row, best))
-                cells.append(f"{regrets[name][-1]:+.1f} %{mark}")
+                cells.append(f"{regret(row, best):+.1f} %{mark}")
+                if not mark:
+                    regrets[name].append(regret(row, best))
             else:
                 cells.append(f"{100 * (best[metric] - row[metric]):+.1f} points{mark}")
         lines.append(f"| {task} | {' | '.join(cells)} |")
@@ -152,14 +156,19 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw performance profiles (arXiv 2306.07179): the share of tasks whose loss is within a factor of the best."""
+    """Draw performance profiles (arXiv 2306.07179): the share of tasks whose loss is within a factor of the best.
+
+    Tasks are those that AdamW was swept on and that are judged by loss, and runs those of today's version.
+    """
     one_rate = one_rate_rows(rows)
     lines: dict[str, dict[str, float]] = {"AdamW, swept": {}, "AdamW, one rate": {}} | {name: {} for name in PROFILE}
     for task in matrix.TASKS:
+        if matrix.TASKS[task].metric != "eval_loss" or swept_row(rows, task) is None:
+            continue
         found = {"AdamW, swept": swept_row(rows, task), "AdamW, one rate": one_rate.get(task)}
         found |= {name: chosen_row(rows, task, name) for name in PROFILE}
         for name, row in found.items():
-            if row is not None and matrix.TASKS[task].metric == "eval_loss":
+            if row is not None and not _mark(row):
                 lines[name][task] = row["eval_loss"]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
