@@ -2,10 +2,13 @@
 
 import argparse
 import difflib
+import gc
 import importlib.util
 import os
 import runpy
 import sys
+
+import torch
 
 from .presets import PRESETS
 
@@ -63,6 +66,9 @@ def run_script(script: str, script_args: list[str], is_module: bool = False) -> 
         )
     if not run.has_trained:
         run.say(f"no Trainer of {script} has trained, so --optim {run.optim} has changed nothing.")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # what still holds the process group
+        torch.distributed.destroy_process_group()  # a process that ends with it up may abort
 
 
 def _is_module(name: str) -> bool:

@@ -611,3 +611,4 @@ def finish(parser: AlsalsArgumentParser, trainer: AlsalsTrainer, **card: Any) ->
         except Exception as error:  # whatever the Hub or the network answered
             reason = " ".join(str(error).split())
             parser.exit(1, f"{parser.prog}: error: push_to_hub: {reason} The results are in {args.output_dir}.\n")
+    trainer.accelerator.end_training()  # a process that ends with its process group up may abort

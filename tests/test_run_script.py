@@ -47,7 +47,9 @@ def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
     text = (SCRIPTS / "parsed.py").read_text().replace("Trainer, TrainingArguments, set_seed", "set_seed")
     names = "from hf_alsals import AlsalsTrainer as Trainer, AlsalsTrainingArguments as TrainingArguments\n"
-    (folder / "script.py").write_text(text.replace("from transformers import", f"{names}from transformers import", 1))
+    text = text.replace("from transformers import", f"{names}from transformers import", 1)
+    end = "    gc.collect()\n    PartialState().destroy_process_group()\n"  # gloo aborts some processes that leave it
+    (folder / "script.py").write_text(f"import gc\nfrom accelerate import PartialState\n{text}{end}")
     run(sys.executable, "script.py", "--output_dir", "out", "--optim", "alsals", *EVERY_STEP, *FLAGS, cwd=folder)
     return folder / "out"
 
