@@ -26,8 +26,10 @@ class InitialSearchResult:
 class InitialSearch:
     """Search up and down for the largest step size whose reduction is at least `c` of the predicted one.
 
-    It doubles from the initial step size while the condition holds, or halves until it does, then closes in to a tenth
-    of a factor of two. Training starts at `share` of what it finds, for what a first batch allows is mostly noise.
+    It doubles from the first probe while the condition holds, or halves until it does, then closes in to a tenth of a
+    factor of two. Any batch may be an outlier, so the first three batches are searched on, and training starts at
+    `share` of the median of what is found, for what a batch allows is mostly noise.
+
     Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
     Where none is though the slope is large enough to show, the loss hides its gradient, and training starts at
     `unprobed_share` of the initial step size.
@@ -41,8 +43,18 @@ class InitialSearch:
     most_hidden: ClassVar[int] = 5
     largest_step_size: ClassVar[float] = 10.0  # Adam's direction is about 1 in every weight
 
+    def first_probe(self, initial_step_size: float) -> float:
+        """Return where the search of the first batch begins: the initial step size, doubled until it is at least 0.1.
+
+        Args:
+            initial_step_size (`float`): The initial step size.
+        """
+        while initial_step_size < self.least_first_probe:
+            initial_step_size *= 2
+        return initial_step_size
+
     def search(
-        self, loss: float, slope: float, probe: Callable[[float], float], c: float, initial_step_size: float
+        self, loss: float, slope: float, probe: Callable[[float], float], c: float, first_probe: float
     ) -> InitialSearchResult:
         """Return the largest sufficient step size.
 
@@ -52,7 +64,7 @@ class InitialSearch:
                 finite, nothing is probed.
             probe (`Callable[[float], float]`): Returns the loss at a step size.
             c (`float`): Sufficient-decrease constant.
-            initial_step_size (`float`): The step size to begin at, doubled until it is at least 0.1.
+            first_probe (`float`): The step size to begin at.
         """
         reductions: dict[float, float] = {}
 
@@ -62,10 +74,8 @@ class InitialSearch:
 
         if not 0 < slope < math.inf:
             return InitialSearchResult(0.0, reductions)
-        limit = max(self.largest_step_size, initial_step_size)
-        trial = initial_step_size
-        while trial < self.least_first_probe:
-            trial *= 2
+        limit = max(self.largest_step_size, first_probe)
+        trial = first_probe
         found = 0.0
         if is_sufficient(trial):
             found = trial

@@ -36,6 +36,8 @@ class SearchState:
     Args:
         step_size (`float`): The step size found so far; the initial one before the first search.
         is_initialized (`bool`): Whether an [`InitialSearch`] has found a step size, or there is none to do it.
+        initial_searches (`int`), least_found, most_found (`float`): How many batches it has searched on, and the
+            least and the largest step size that it has found there; 0.0 before.
         growth, acceptance (`Any`), interval (`IntervalState`): The states of the parts.
         taken (`float`): The step size to take at this optimizer step: `step_size`, or 0.0 where a search found none
             that lowers the loss.
@@ -67,6 +69,9 @@ class SearchState:
     total_probes: int = 0
     is_blind: bool = False
     is_annealing: bool = False
+    initial_searches: int = 0
+    least_found: float = 0.0
+    most_found: float = 0.0
 
     @property
     def reduction_ratio(self) -> float:
@@ -237,12 +242,12 @@ class LineSearch:
         is_over = state.is_blind or (is_annealing and state.is_initialized)
         is_due = self.interval.is_due(state.interval) and not is_over
         state = replace(state, is_annealing=is_annealing, searched=is_due, probes=0, nonfinite_probes=0)
-        if is_annealing:
+        if is_annealing or not state.is_initialized:
             return state
         growth, step_size = self.growth.follow(
             state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
         )
-        return replace(state, growth=growth, step_size=step_size if state.is_initialized else state.step_size)
+        return replace(state, growth=growth, step_size=step_size)
 
     def search(self, state: SearchState, line: SearchLine) -> SearchState:
         """Return the state after the search of an optimizer step, if there is to be one.
@@ -384,7 +389,8 @@ class LineSearch:
 
     def _initialize(self, state: SearchState, line: SearchLine, initial_search: InitialSearch) -> SearchState:
         slope = line.slope
-        found = initial_search.search(line.loss, slope, line.probe, self.acceptance.c, self.initial_step_size)
+        first_probe = state.most_found or initial_search.first_probe(self.initial_step_size)
+        found = initial_search.search(line.loss, slope, line.probe, self.acceptance.c, first_probe)
         probes = len(found.reductions)
         smallest_probe = min(found.reductions, default=0.0)
         last = found.step_size or smallest_probe
@@ -400,17 +406,29 @@ class LineSearch:
             smallest_probe=smallest_probe,
             total_probes=state.total_probes + probes,
         )
-        if found.hides_gradient and self.growth.needs_path_slope:
+        if found.step_size == 0 and state.initial_searches == 0:
+            if not (found.hides_gradient and self.growth.needs_path_slope):
+                return state
             step_size = initial_search.unprobed_share * self.initial_step_size
             return replace(state, is_blind=True, is_initialized=True, step_size=step_size, taken=step_size)
-        if found.step_size == 0:
+        all_found = sorted([state.least_found, state.most_found][: state.initial_searches] + [found.step_size])
+        median = all_found[(len(all_found) - 1) // 2]
+        step_size = initial_search.share * median
+        state = replace(
+            state,
+            initial_searches=len(all_found),
+            least_found=all_found[0],
+            most_found=all_found[-1],
+            step_size=step_size or state.step_size,
+            taken=step_size,
+        )
+        if len(all_found) < 3:
             return state
-        step_size = initial_search.share * found.step_size
+        if step_size == 0:  # the first batch was the outlier: all over again
+            return replace(state, initial_searches=0, least_found=0.0, most_found=0.0)
         return replace(
             state,
             is_initialized=True,
-            step_size=step_size,
-            taken=step_size,
             growth=self.growth.searched(
                 state.growth,
                 start=step_size,

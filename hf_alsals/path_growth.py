@@ -131,16 +131,16 @@ class PathGrowth:
     `log(growth_factor)` until both averages of path slopes have been negative. From then on `r` is the mean of that of
     the settled path slopes and that of the path slopes themselves, and `n` steps later `gain` is `settling / (settling
     + n)` of what it was (Robbins-Monro). From then on, too, every tensor has a multiplier, which follows its own path
-    slopes by the same rule and is never below 1. The step size does not grow beyond `largest_share` of the root mean
-    square of the first weights of the hidden matrices.
+    slopes by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
+    `largest_share` of the root mean square of the first weights of the hidden matrices.
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all of `p` is small.
     `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
     the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
 
-    Until the first rejection a search may double the step size where `r` is above `least_path_slope`: it is far too
-    small.
+    Until the first overshoot and the first rejection a search may double the step size where `r` is above
+    `least_path_slope`: it is far too small.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.
@@ -168,6 +168,7 @@ class PathGrowth:
     overshoot: ClassVar[float] = 0.3  # at 0 the steps are too short where gradients are mostly noise
     settling: ClassVar[float] = 40.0
     largest_share: ClassVar[float] = 0.4
+    least_lead: ClassVar[float] = 0.3  # r of one tensor is noisier than that of all, and so nearer to 0
     largest_multiplier: ClassVar[float] = 32.0
     largest_hidden_multiplier: ClassVar[float] = 4.0
     least_path_size: ClassVar[float] = 0.1
@@ -233,9 +234,15 @@ class PathGrowth:
         exponent = r + self.overshoot
         if exponent > 0:
             exponent *= min(1.0, common.path_size / self.least_path_size)
-        if averages.steps_since_overshoot >= 0:
-            exponent *= self.settling / (self.settling + averages.steps_since_overshoot)
-        return math.log(self.growth_factor) * exponent
+        return self.gain(averages) * exponent
+
+    def gain(self, averages: PathAverages) -> float:
+        """Return by how much the logarithm of a step size grows in a step at `r + overshoot = 1`.
+
+        Args:
+            averages (`PathAverages`): The averages of what moves by it.
+        """
+        return math.log(self.growth_factor) * self.settling / (self.settling + max(averages.steps_since_overshoot, 0))
 
     def follow_tensor(
         self,
@@ -262,7 +269,10 @@ class PathGrowth:
         if state.settled_size == 0:  # nothing is known of it
             return state
         largest = min(largest, self.largest_hidden_multiplier if is_hidden else self.largest_multiplier)
-        log_multiplier = state.log_multiplier + self.log_growth(state, common) - log_growth
+        lead = self.log_growth(state, common) - log_growth
+        if lead > 0:
+            lead = max(lead - self.least_lead * self.gain(state), 0.0)
+        log_multiplier = state.log_multiplier + lead
         return replace(state, log_multiplier=max(min(log_multiplier, math.log(max(largest, 1.0))), 0.0))
 
     def start(self, state: PathGrowthState, step_size: float) -> float:
@@ -275,8 +285,9 @@ class PathGrowth:
         Args:
             state (`PathGrowthState`): The state before the search.
         """
+        is_over = state.has_backtracked or state.steps_since_overshoot >= 0
         is_far_too_small = state.settled_path_slope > self.least_path_slope
-        return self.largest_share * state.weight_scale if is_far_too_small and not state.has_backtracked else 0.0
+        return self.largest_share * state.weight_scale if is_far_too_small and not is_over else 0.0
 
     def searched(
         self,

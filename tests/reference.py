@@ -44,12 +44,12 @@ def alsals_reference(
     return step_sizes, losses, w
 
 
-def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
+def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
     """Minimize `f(w, k)` from the flat float64 tensor `w`, with step sizes that follow the slope along the path.
 
     `shapes` are those of the tensors that `w` is made of, of which matrices are hidden ones, `lrs` the learning rates
-    of all steps and `start_size` the step size of the first one; every step searches until the learning rate is below
-    half of its peak.
+    of all steps and `start_sizes` the step sizes of the first three. Later steps search until the learning rate is
+    below half of its peak.
 
     Returns:
         The step size of each step, the loss that each step started from, the last `w` and the multipliers of the
@@ -62,17 +62,20 @@ def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_facto
     first = [part for part, is_hidden in zip(w_0.split(counts), hidden) if is_hidden]
     largest = 0.4 * torch.cat(first).square().mean().sqrt().item()
     m, v, d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
-    eta, taken, s, b, has_backtracked, sizes = start_size, 0.0, 0.0, 0.0, False, []
+    eta, taken, s, b, has_backtracked, sizes = 0.0, 0.0, 0.0, 0.0, False, []
     logs = [0.0] * len(shapes)
     # For all hidden matrices together, and for each tensor: averages of the path slopes and of the settled ones, with
     # those of their absolute values, and the steps since both averages were negative for the first time.
     averages = [[0.0, 0.0, 0.0, 0.0, None] for _ in range(1 + len(shapes))]
 
+    def gain(since):
+        return math.log(growth_factor) * (1 if since is None else 40 / (40 + since))
+
     def log_growth(path, size, settled, settled_size, since):
         r, raw = (mean / size if size else 0.0 for mean, size in ((settled, settled_size), (path, size)))
         x = (r if since is None else (r + raw) / 2) + 0.3
         x *= min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else 1
-        return math.log(growth_factor) * x * (1 if since is None else 40 / (40 + since))
+        return x * gain(since)
 
     step_sizes, losses = [], []
     for k, lr in enumerate(lrs):
@@ -85,14 +88,14 @@ def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_facto
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
-        is_searching = k > 0 and lr >= 0.5 * max(lrs[: k + 1])
+        is_searching = k > 2 and lr >= 0.5 * max(lrs[: k + 1])
         if is_searching:
             settled = [p - 3 * lr * taken * along for p, along in zip(path, last)]
             both = list(zip(path, settled))
             together = tuple(sum(one[i] for one, is_hidden in zip(both, hidden) if is_hidden) for i in (0, 1))
             for average, (p, q) in zip(averages, [together, *both]):
                 average[:4] = [0.9 * old + 0.1 * new for old, new in zip(average, (p, abs(p), q, abs(q)))]
-                if average[4] is not None or (k > 5 and average[0] < 0 and average[2] < 0):
+                if average[4] is not None or (k > 7 and average[0] < 0 and average[2] < 0):
                     average[4] = 0 if average[4] is None else average[4] + 1
             p = abs(together[0])
             sizes.append(p if not sizes else sizes[-1] ** 0.9 * p**0.1)
@@ -101,12 +104,15 @@ def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_facto
                 if averages[0][4] is None:
                     average[4] = None  # all move alike at first
                 else:
-                    log = logs[i] + log_growth(*average) - math.log(eta / before)
-                    logs[i] = min(max(log, 0.0), math.log(4.0 if hidden[i] else 32.0))
+                    lead = log_growth(*average) - math.log(eta / before)
+                    lead = max(lead - 0.3 * gain(average[4]), 0.0) if lead > 0 else lead
+                    logs[i] = min(max(logs[i] + lead, 0.0), math.log(4.0 if hidden[i] else 32.0))
         multipliers = [2 ** (round(4 * log / math.log(2)) / 4) for log in logs]
         d = torch.cat([multiplier * part for multiplier, part in zip(multipliers, d.split(counts))])
 
         accepted = True
+        if k < 3:
+            eta = start_sizes[k]
         if is_searching:
             start, a = eta, (g * d).sum().item()
             s = beta3 * s + (1 - beta3) * a
@@ -119,7 +125,11 @@ def path_reference(f, w, shapes, lrs, start_size, c=0.3, beta3=0.5, growth_facto
                 eta *= decrease_factor
             has_backtracked |= eta < start
             path, _, settled, size, _ = averages[0]
-            for _ in range(2 if accepted and size and settled / size > 0.65 and not has_backtracked else 0):
+            for _ in range(
+                2
+                if accepted and size and settled / size > 0.65 and not has_backtracked and averages[0][4] is None
+                else 0
+            ):
                 if 2 * eta <= largest and decrease > 0.7 * eta * a:
                     doubled = loss - f(w - 2 * eta * d, k).item()
                     if doubled > 0.7 * 2 * eta * a:

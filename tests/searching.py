@@ -81,6 +81,10 @@ class Searching:
         assert self.state.searched
         return self.state.taken
 
+    def start(self, *batches: tuple[float, Callable[[float], float]]) -> list[float]:
+        """Take the first optimizer steps, each on a slope and a loss along it, and return the step sizes to take."""
+        return [self.search(0.0, slope, probe) for slope, probe in batches]
+
     def accept(self, slope: float = 1.0) -> float:
         """Take an optimizer step whose first probe is accepted."""
         return self.search(0.0, slope, lambda step_size: -1e9)

@@ -7,7 +7,7 @@ from hf_alsals.initial_search import InitialSearch
 
 
 def find(probe, slope=1.0, c=0.3, initial_step_size=0.1, loss=0.0):
-    return InitialSearch().search(loss, slope, probe, c, initial_step_size)
+    return InitialSearch().search(loss, slope, probe, c, InitialSearch().first_probe(initial_step_size))
 
 
 @pytest.mark.parametrize("loss", [0.0, -3.0])

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -236,7 +237,7 @@ def test_a_bad_batch_at_a_large_step_size_does_not_hold_the_default_search_down(
     assert 0.9 * 1.4 / 500 < searching.state.step_size <= 1.4 / 500
 
 
-# ---- the first search ----
+# ---- the first searches ----
 
 
 @pytest.mark.parametrize("initial_step_size", [1e-6, 1e-3, 0.1, 10.0])
@@ -247,14 +248,40 @@ def test_training_starts_at_a_tenth_of_what_the_first_search_finds(initial_step_
     largest = 2 * (1 - c) * a / b  # where the reduction is c times the prediction
     assert largest / 2**0.125 <= 10 * step_size <= largest * (1 + 1e-9)
     state = searching.state
-    assert state.is_initialized
     assert state.step_size == step_size
     assert state.probes == state.total_probes <= 30
     # The numbers are those of what it found.
     assert (state.slope, state.predicted_reduction) == (a, pytest.approx(10 * step_size * a))
     assert state.actual_reduction == pytest.approx(-quadratic(a, b)(10 * step_size))
-    assert [searching.skip() for _ in range(9)] == [step_size] * 9
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([1.0, 4.0, 50.0])])
+def test_training_goes_on_from_the_median_of_what_the_first_three_batches_allow(order):
+    searching = Searching("path", growth_factor=1.2)
+    taken = []
+    for times in order:
+        assert not searching.state.is_initialized
+        taken.append(searching.search(0.0, 1.0, quadratic(1.0, 1 / times), path_slope=1.0))
+    allowed = [min(1.4 * times, 10.0) / 10 for times in order]
+    for step_size, expected in zip(taken, [allowed[0], min(allowed[:2]), sorted(allowed)[1]], strict=True):
+        assert expected / 2**0.125 <= step_size <= expected * (1 + 1e-9)
+    assert searching.state.is_initialized
+    assert [searching.skip() for _ in range(9)] == [taken[-1]] * 9  # nothing has been followed before
     assert searching.is_due
+
+
+def test_a_batch_that_allows_nothing_counts_among_the_first_three():
+    nothing, something = (1.0, lambda step_size: math.inf), (1.0, quadratic(1.0, 1.0))
+    searching = Searching("path")
+    first, second, third = searching.start(something, nothing, something)
+    assert (first, second) == (pytest.approx(third, rel=0.1), 0.0)
+    assert searching.state.is_initialized
+    searching = Searching("path")
+    assert searching.start(something, nothing, nothing)[1:] == [0.0, 0.0]
+    assert not searching.state.is_initialized  # all over again
+    assert searching.start(something, something, something) == [first] * 3
+    assert searching.state.probes <= 5  # from what the last one found
+    assert searching.state.is_initialized
 
 
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
@@ -304,7 +331,7 @@ def test_never_searching_is_refused_where_only_searches_move_the_step_size():
 def test_a_search_has_a_hundred_probes_at_most(growth):
     searching = Searching(growth, decrease_factor=0.99999)
     if growth == "path":
-        searching.search(0.0, 1.0, lambda step_size: -step_size)
+        searching.start(*[(1.0, lambda step_size: -step_size)] * 3)
         searching.state = dataclasses.replace(searching.state, interval=searching.line_search.interval.init())
     probe, probed = recorder(lambda step_size: 1.0)
     searching.search(0.0, 1.0, probe)
@@ -319,9 +346,9 @@ def test_the_first_search_counts_its_nonfinite_probes():
     assert searching.state.smallest_probe == min(probed)
 
 
-def test_after_the_first_search_a_constant_growth_starts_above_what_it_took():
+def test_after_the_first_searches_a_constant_growth_starts_above_what_they_took():
     searching = Searching(dataclasses.replace(LINE_SEARCHES["constant"], initial_search=InitialSearch()))
-    step_size = searching.search(0.0, 1.0, quadratic(1.0, 1.0))
+    *_, step_size = searching.start(*[(1.0, quadratic(1.0, 1.0))] * 3)
     assert searching.next_probe == pytest.approx(1.01 * step_size)
 
 

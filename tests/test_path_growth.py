@@ -111,6 +111,13 @@ def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(pat
         assert growth.largest_doubled(growth.searched(state, **search, **rejected)) == 0.0
 
 
+def test_a_search_doubles_nothing_after_an_overshoot():
+    growth = PathGrowth()
+    state = dataclasses.replace(overshot(growth), mean_slope=1.0, mean_size=1.0, settled_slope=1.0, settled_size=1.0)
+    assert growth.largest_doubled(dataclasses.replace(state, steps_since_overshoot=-1)) > 0
+    assert growth.largest_doubled(state) == 0.0
+
+
 # ---- a tensor of its own ----
 
 
@@ -139,11 +146,30 @@ def test_a_tensor_follows_its_own_path_slopes_from_then_on():
         tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, -0.01, is_hidden=False)
         gain = 40 / (40 + max(tensor.steps_since_overshoot, 0))
         r = (tensor.settled_path_slope + tensor.path_slope) / 2
-        log += math.log(1.03) * gain * (r + 0.3) + 0.01
+        lead = math.log(1.03) * gain * (r + 0.3) + 0.01
+        log += max(lead - math.log(1.03) * gain * 0.3, 0.0) if lead > 0 else lead
         assert tensor.log_multiplier == pytest.approx(log)
         assert abs(math.log(tensor.multiplier) - log) <= math.log(2) / 8 + 1e-12
         assert 4 * math.log2(tensor.multiplier) == pytest.approx(round(4 * math.log2(tensor.multiplier)))
     assert tensor.steps_since_overshoot > 0
+
+
+@pytest.mark.parametrize("before", [-0.6, -0.3, -0.25, -0.2, 0.0, 0.05, 0.2, 0.5])
+def test_a_multiplier_grows_only_by_what_its_tensors_lead_exceeds(before):
+    growth = PathGrowth()
+    sizes = {"mean_size": 1.0, "settled_size": 1.0}
+    common = overshot(growth)
+    common = dataclasses.replace(common, mean_slope=-0.2, settled_slope=-0.2, steps_since_overshoot=20, **sizes)
+    tensor = TensorState(
+        mean_slope=before, settled_slope=before, log_multiplier=0.5, steps_since_overshoot=19, **sizes
+    )
+    tensor = growth.follow_tensor(
+        tensor, PathSlope(before, before), common, growth.log_growth(common, common), is_hidden=True
+    )
+    lead = tensor.path_slope + 0.2  # over the r of all hidden matrices
+    lead = lead if lead < 0 else max(lead - 0.3, 0.0)
+    assert tensor.log_multiplier == pytest.approx(0.5 + math.log(1.03) * 40 / 60 * lead)
+    assert (tensor.log_multiplier > 0.5) == (before > 0.1)
 
 
 @pytest.mark.parametrize(("is_hidden", "largest"), [(True, 4.0), (False, 32.0)])
