@@ -240,14 +240,14 @@ class LineSearch:
         """
         is_annealing = lr_fraction < self.growth.least_lr_fraction
         is_over = state.is_blind or (is_annealing and state.is_initialized)
-        is_due = self.interval.is_due(state.interval) and not is_over
+        is_due = (self.interval.is_due(state.interval) or not state.is_initialized) and not is_over
         state = replace(state, is_annealing=is_annealing, searched=is_due, probes=0, nonfinite_probes=0)
-        if is_annealing or not state.is_initialized:
+        if is_annealing:
             return state
         growth, step_size = self.growth.follow(
             state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
         )
-        return replace(state, growth=growth, step_size=step_size)
+        return replace(state, growth=growth, step_size=step_size if state.is_initialized else state.step_size)
 
     def search(self, state: SearchState, line: SearchLine) -> SearchState:
         """Return the state after the search of an optimizer step, if there is to be one.
@@ -406,7 +406,8 @@ class LineSearch:
             smallest_probe=smallest_probe,
             total_probes=state.total_probes + probes,
         )
-        if found.step_size == 0 and state.initial_searches == 0:
+        is_first = state.initial_searches == 0
+        if found.step_size == 0 and is_first:
             if not (found.hides_gradient and self.growth.needs_path_slope):
                 return state
             step_size = initial_search.unprobed_share * self.initial_step_size
@@ -414,6 +415,7 @@ class LineSearch:
         all_found = sorted([state.least_found, state.most_found][: state.initial_searches] + [found.step_size])
         median = all_found[(len(all_found) - 1) // 2]
         step_size = initial_search.share * median
+        interval = self.interval
         state = replace(
             state,
             initial_searches=len(all_found),
@@ -421,6 +423,9 @@ class LineSearch:
             most_found=all_found[-1],
             step_size=step_size or state.step_size,
             taken=step_size,
+            interval=interval.searched(state.interval, step_size, False)
+            if is_first
+            else interval.skipped(state.interval),
         )
         if len(all_found) < 3:
             return state
@@ -437,5 +442,4 @@ class LineSearch:
                 accepted=True,
                 decrease_factor=self.decrease_factor,
             ),
-            interval=self.interval.searched(state.interval, step_size, again=False),
         )

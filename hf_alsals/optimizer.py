@@ -593,8 +593,6 @@ class ALSALS(torch.optim.Optimizer):
         if not isinstance(growth, PathGrowth):
             return self.line_search.follow(self.search, common.slope, start.lr_fraction), {}
         followed = self.line_search.follow(self.search, common, start.lr_fraction)
-        if not followed.is_initialized:
-            return followed, {}
         log_growth = math.log(followed.step_size / self.search.step_size)
         is_searched = self.line_search.is_searched(followed)
         largest = math.inf if is_searched else growth.largest_unsearched / followed.step_size

@@ -88,18 +88,21 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
-        is_searching = k > 2 and lr >= 0.5 * max(lrs[: k + 1])
-        if is_searching:
+        is_following = k > 0 and lr >= 0.5 * max(lrs[: k + 1])
+        is_searching = is_following and k > 2
+        if is_following:
             settled = [p - 3 * lr * taken * along for p, along in zip(path, last)]
             both = list(zip(path, settled))
             together = tuple(sum(one[i] for one, is_hidden in zip(both, hidden) if is_hidden) for i in (0, 1))
             for average, (p, q) in zip(averages, [together, *both]):
                 average[:4] = [0.9 * old + 0.1 * new for old, new in zip(average, (p, abs(p), q, abs(q)))]
-                if average[4] is not None or (k > 7 and average[0] < 0 and average[2] < 0):
+                if average[4] is not None or (k > 5 and average[0] < 0 and average[2] < 0):
                     average[4] = 0 if average[4] is None else average[4] + 1
             p = abs(together[0])
             sizes.append(p if not sizes else sizes[-1] ** 0.9 * p**0.1)
-            before, eta = eta, min(eta * math.exp(log_growth(*averages[0])), max(eta, largest))
+            before = eta
+            if is_searching:
+                eta = min(eta * math.exp(log_growth(*averages[0])), max(eta, largest))
             for i, average in enumerate(averages[1:]):
                 if averages[0][4] is None:
                     average[4] = None  # all move alike at first

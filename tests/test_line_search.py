@@ -266,7 +266,7 @@ def test_training_goes_on_from_the_median_of_what_the_first_three_batches_allow(
     for step_size, expected in zip(taken, [allowed[0], min(allowed[:2]), sorted(allowed)[1]], strict=True):
         assert expected / 2**0.125 <= step_size <= expected * (1 + 1e-9)
     assert searching.state.is_initialized
-    assert [searching.skip() for _ in range(9)] == [taken[-1]] * 9  # nothing has been followed before
+    assert [searching.skip() for _ in range(7)] == [taken[-1]] * 7  # nothing has been followed before
     assert searching.is_due
 
 
