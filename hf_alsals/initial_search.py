@@ -27,8 +27,8 @@ class InitialSearch:
     """Search up and down for the largest step size whose reduction is at least `c` of the predicted one.
 
     It doubles from the first probe while the condition holds, or halves until it does, then closes in to a tenth of a
-    factor of two. Any batch may be an outlier, so the first three batches are searched on, and training starts at
-    `share` of the median of what is found, for what a batch allows is mostly noise.
+    factor of two. Training starts at `share` of what it finds, for what a first batch allows is mostly noise. Where
+    both of the next two batches allow less, the larger of what they allow counts.
 
     Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
     Where none is though the slope is large enough to show, the loss hides its gradient, and training starts at
@@ -54,7 +54,13 @@ class InitialSearch:
         return initial_step_size
 
     def search(
-        self, loss: float, slope: float, probe: Callable[[float], float], c: float, first_probe: float
+        self,
+        loss: float,
+        slope: float,
+        probe: Callable[[float], float],
+        c: float,
+        first_probe: float,
+        limit: float = largest_step_size,
     ) -> InitialSearchResult:
         """Return the largest sufficient step size.
 
@@ -65,6 +71,7 @@ class InitialSearch:
             probe (`Callable[[float], float]`): Returns the loss at a step size.
             c (`float`): Sufficient-decrease constant.
             first_probe (`float`): The step size to begin at.
+            limit (`float`, defaults to 10.0): The largest step size to look at beyond that.
         """
         reductions: dict[float, float] = {}
 
@@ -74,7 +81,7 @@ class InitialSearch:
 
         if not 0 < slope < math.inf:
             return InitialSearchResult(0.0, reductions)
-        limit = max(self.largest_step_size, first_probe)
+        limit = max(limit, first_probe)
         trial = first_probe
         found = 0.0
         if is_sufficient(trial):

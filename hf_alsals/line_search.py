@@ -36,8 +36,9 @@ class SearchState:
     Args:
         step_size (`float`): The step size found so far; the initial one before the first search.
         is_initialized (`bool`): Whether an [`InitialSearch`] has found a step size, or there is none to do it.
-        initial_searches (`int`), least_found, most_found (`float`): How many batches it has searched on, and the
-            least and the largest step size that it has found there; 0.0 before.
+        initial_searches (`int`): How many batches it has searched on.
+        first_found, later_found (`float`): The largest sufficient step size of the first of them, and the larger one
+            of the others; 0.0 before.
         growth, acceptance (`Any`), interval (`IntervalState`): The states of the parts.
         taken (`float`): The step size to take at this optimizer step: `step_size`, or 0.0 where a search found none
             that lowers the loss.
@@ -70,8 +71,8 @@ class SearchState:
     is_blind: bool = False
     is_annealing: bool = False
     initial_searches: int = 0
-    least_found: float = 0.0
-    most_found: float = 0.0
+    first_found: float = 0.0
+    later_found: float = 0.0
 
     @property
     def reduction_ratio(self) -> float:
@@ -388,9 +389,13 @@ class LineSearch:
         return step_size, reduction, probed
 
     def _initialize(self, state: SearchState, line: SearchLine, initial_search: InitialSearch) -> SearchState:
-        slope = line.slope
-        first_probe = state.most_found or initial_search.first_probe(self.initial_step_size)
-        found = initial_search.search(line.loss, slope, line.probe, self.acceptance.c, first_probe)
+        slope, c = line.slope, self.acceptance.c
+        is_first = state.initial_searches == 0
+        if is_first:
+            first_probe = initial_search.first_probe(self.initial_step_size)
+            found = initial_search.search(line.loss, slope, line.probe, c, first_probe)
+        else:  # one probe, unless the first batch was an outlier
+            found = initial_search.search(line.loss, slope, line.probe, c, state.first_found, state.first_found)
         probes = len(found.reductions)
         smallest_probe = min(found.reductions, default=0.0)
         last = found.step_size or smallest_probe
@@ -406,31 +411,31 @@ class LineSearch:
             smallest_probe=smallest_probe,
             total_probes=state.total_probes + probes,
         )
-        is_first = state.initial_searches == 0
         if found.step_size == 0 and is_first:
             if not (found.hides_gradient and self.growth.needs_path_slope):
                 return state
             step_size = initial_search.unprobed_share * self.initial_step_size
             return replace(state, is_blind=True, is_initialized=True, step_size=step_size, taken=step_size)
-        all_found = sorted([state.least_found, state.most_found][: state.initial_searches] + [found.step_size])
-        median = all_found[(len(all_found) - 1) // 2]
-        step_size = initial_search.share * median
+        first_found = state.first_found or found.step_size
+        later_found = 0.0 if is_first else max(state.later_found, found.step_size)
+        is_over = state.initial_searches == 2 or later_found == first_found
+        step_size = initial_search.share * (later_found if is_over else found.step_size)
         interval = self.interval
         state = replace(
             state,
-            initial_searches=len(all_found),
-            least_found=all_found[0],
-            most_found=all_found[-1],
+            initial_searches=state.initial_searches + 1,
+            first_found=first_found,
+            later_found=later_found,
             step_size=step_size or state.step_size,
             taken=step_size,
             interval=interval.searched(state.interval, step_size, False)
             if is_first
             else interval.skipped(state.interval),
         )
-        if len(all_found) < 3:
+        if not is_over:
             return state
         if step_size == 0:  # the first batch was the outlier: all over again
-            return replace(state, initial_searches=0, least_found=0.0, most_found=0.0)
+            return replace(state, initial_searches=0, first_found=0.0)
         return replace(
             state,
             is_initialized=True,

@@ -48,7 +48,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
     """Minimize `f(w, k)` from the flat float64 tensor `w`, with step sizes that follow the slope along the path.
 
     `shapes` are those of the tensors that `w` is made of, of which matrices are hidden ones, `lrs` the learning rates
-    of all steps and `start_sizes` the step sizes of the first three. Later steps search until the learning rate is
+    of all steps and `start_sizes` the step sizes of the first few. Later steps search until the learning rate is
     below half of its peak.
 
     Returns:
@@ -89,7 +89,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
         d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
 
         is_following = k > 0 and lr >= 0.5 * max(lrs[: k + 1])
-        is_searching = is_following and k > 2
+        is_searching = is_following and k >= len(start_sizes)
         if is_following:
             settled = [p - 3 * lr * taken * along for p, along in zip(path, last)]
             both = list(zip(path, settled))
@@ -114,7 +114,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
         d = torch.cat([multiplier * part for multiplier, part in zip(multipliers, d.split(counts))])
 
         accepted = True
-        if k < 3:
+        if k < len(start_sizes):
             eta = start_sizes[k]
         if is_searching:
             start, a = eta, (g * d).sum().item()

@@ -127,8 +127,9 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
         history += train(net, optimizer, [k])
         scheduler.step()
     shapes = [p.shape for p in net.parameters()]
+    start_sizes = [size for size, _ in history[: optimizer.search.initial_searches]]
     step_sizes, losses, w, multipliers = path_reference(
-        flat_net_loss(net), w, shapes, lrs, [size for size, _ in history[:3]], growth_factor=growth_factor
+        flat_net_loss(net), w, shapes, lrs, start_sizes, growth_factor=growth_factor
     )
     assert [step_size for step_size, _ in history] == pytest.approx(step_sizes, rel=1e-9)
     assert [loss for _, loss in history] == pytest.approx(losses, rel=1e-8)
