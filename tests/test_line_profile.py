@@ -125,7 +125,7 @@ def test_at_the_accepted_step_size_a_profile_has_the_loss_that_the_search_measur
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
     optimizer = ALSALS(model.parameters(), lr=0.5, weight_decay=0.1, growth=growth, search_interval=1)
 
-    for step in range(4):
+    for _ in range(4):
         x = torch.randn(16, 4, dtype=dtype)
 
         def closure(x=x):
@@ -136,7 +136,7 @@ def test_at_the_accepted_step_size_a_profile_has_the_loss_that_the_search_measur
         loss.backward()
         line = LineProfile(optimizer, closure)
         optimizer.step(closure, loss)
-        start, accepted = loss.item(), optimizer.step_size / (0.1 if growth == "path" and step == 0 else 1.0)
+        start, accepted = loss.item(), optimizer.search.predicted_reduction / optimizer.slope
         assert optimizer.search.accepted and optimizer.probes > 0
         assert line.slope == pytest.approx(optimizer.slope, rel=1e-6)  # the kernel of the first move rounds otherwise
         # The weights have moved on since, to half the step and with weight decay: no business of the line.
