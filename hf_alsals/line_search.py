@@ -394,7 +394,7 @@ class LineSearch:
         if is_first:
             first_probe = initial_search.first_probe(self.initial_step_size)
             found = initial_search.search(line.loss, slope, line.probe, c, first_probe)
-        else:  # one probe, unless the first batch was an outlier
+        else:  # one probe where this batch allows as much
             found = initial_search.search(line.loss, slope, line.probe, c, state.first_found, state.first_found)
         probes = len(found.reductions)
         smallest_probe = min(found.reductions, default=0.0)
@@ -420,7 +420,10 @@ class LineSearch:
         later_found = 0.0 if is_first else max(state.later_found, found.step_size)
         is_over = state.initial_searches == 2 or later_found == first_found
         step_size = initial_search.share * (later_found if is_over else found.step_size)
-        interval = self.interval
+        if is_first:
+            interval = self.interval.searched(state.interval, step_size, again=False)
+        else:
+            interval = self.interval.skipped(state.interval)
         state = replace(
             state,
             initial_searches=state.initial_searches + 1,
@@ -428,9 +431,7 @@ class LineSearch:
             later_found=later_found,
             step_size=step_size or state.step_size,
             taken=step_size,
-            interval=interval.searched(state.interval, step_size, False)
-            if is_first
-            else interval.skipped(state.interval),
+            interval=interval,
         )
         if not is_over:
             return state

@@ -157,8 +157,16 @@ def test_no_optimizer_of_the_trainers_own_is_taken_for_a_misspelled_one_of_ours(
 def test_two_processes_train_as_if_it_had_been_written_for_this_package(ours, tmp_path):
     launch = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]]
     flags = ["--optim", "alsals", *EVERY_STEP, *FLAGS, "--ddp_backend", "gloo"]
-    stderr = run(*launch, "-m", *RUN[2:], SCRIPTS / "parsed.py", "--output_dir", "one", *flags, cwd=tmp_path)
+    says = 'print("group up:", torch.distributed.is_initialized(), file=sys.stderr)'
+    says = f"import atexit\natexit.register(lambda: {says})\n"
+    text = (SCRIPTS / "parsed.py").read_text()
+    (tmp_path / "parsed.py").write_text(text.replace("import torch\n", f"import torch\n{says}", 1))
+    stderr = run(*launch, "-m", *RUN[2:], "parsed.py", "--output_dir", "one", *flags, cwd=tmp_path)
     assert line_of(stderr).startswith("Trainer trains with optim alsals")
+    assert (stderr.count("group up: False"), stderr.count("group up: True")) == (
+        2,
+        0,
+    )  # gloo aborts some that leave it up
     run(*launch, ours.parent / "script.py", "--output_dir", "other", *flags, cwd=tmp_path)
     assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("one", "other")))
     assert sum(entry.get("probes", 0) for entry in logs(tmp_path / "one")) >= 6
