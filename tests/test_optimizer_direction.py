@@ -15,6 +15,7 @@ from hf_alsals.direction import hidden_matrices
 from hf_alsals.line_profile import LineProfile
 from hf_alsals.optimizer_direction import (
     AdafactorDirection,
+    Float32OnCpu,
     LambDirection,
     LionDirection,
     MuonDirection,
@@ -36,7 +37,9 @@ class MuonAndAdamW:
     def step(self):
         for p, view in self.views.items():
             view.grad = p.grad.flatten(1)
-        self.muon.step(), self.adamw.step()
+        with Float32OnCpu():
+            self.muon.step()
+        self.adamw.step()
 
 
 LIBRARY = {
@@ -135,6 +138,30 @@ def test_a_muon_step_has_the_root_mean_square_of_adams():
     direction = MuonDirection([parameter_group([p])], {p: {}})
     direction.update()
     assert direction.state[p]["direction"].square().mean().sqrt().item() == pytest.approx(0.2, rel=0.15)
+
+
+def orthogonalized(grad, steps=5):
+    """The first step of Muon by its formula (Jordan et al., 2024, with Nesterov momentum and the scale of Adam)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrix = grad if grad.shape[0] <= grad.shape[1] else grad.T
+    matrix = matrix / matrix.norm()
+    for _ in range(steps):
+        gram = matrix @ matrix.T
+        matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
+    return 0.2 * max(grad.shape) ** 0.5 * (matrix if grad.shape[0] <= grad.shape[1] else matrix.T)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (40, 24)])
+def test_on_a_cpu_muon_is_in_float32_and_torchs_own_within_bfloat16(shape):
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    p.grad = q.grad = torch.randn(shape)
+    direction = MuonDirection([parameter_group([p])], {p: {}})
+    direction.update()
+    ours, exact = direction.state[p]["direction"], orthogonalized(p.grad.double()).float()
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    torch.optim.Muon([q], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    assert 1e-3 < ((exact + q.detach()).norm() / exact.norm()).item() < 3e-2
 
 
 def apart_in(model, layers_only):

@@ -17,13 +17,14 @@ import torch
 
 from hf_alsals import AlsalsTrainer
 from hf_alsals.direction import hidden_matrices
-from hf_alsals.optimizer_direction import set_hidden_matrices
+from hf_alsals.optimizer_direction import Float32OnCpu, set_hidden_matrices
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the hidden matrices of a model, AdamW for all other parameters.
 
-    The weights of a convolution are a matrix with a row for each output.
+    The weights of a convolution are a matrix with a row for each output. On a CPU all of it is in float32, as in
+    `alsals_muon`.
 
     Args:
         model (`nn.Module`): The model.
@@ -49,7 +50,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
             matrix.grad = None if p.grad is None else p.grad.flatten(1)
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups[0]["lr"] = group["lr"]  # which the schedule moves
-            part.step()
+            with Float32OnCpu():
+                part.step()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Step time and peak memory of ALSALS beside other optimizers, in the Trainer's loop on a GPT-2.
 
 Every run is a process of its own; each round runs all optimizers once, one after the other, and the ratios to
-adamw_torch_fused are taken within a round. Needs schedulefree, prodigyopt and salsa-optimizer for their rows.
+adamw_torch_fused are taken within a round. Needs schedulefree, prodigyopt and salsa-optimizer for their
+rows, pytorch_optimizer for Muon's.
 
     python recipes/benchmarks/overhead.py --output recipes/benchmarks/overhead.json
     python recipes/benchmarks/overhead.py --mode optimizer --output recipes/benchmarks/overhead-optimizer.json
@@ -44,6 +45,9 @@ OPTIMIZERS: dict[str, dict[str, str]] = {
     "alsals, a search at every step": EVERY_STEP,
     "alsals, a search at every step, probe_micro_batches=1": EVERY_STEP
     | {"optim_args": "search_interval=1,probe_micro_batches=1"},
+    "muon, adamw for the rest": {"package": "torch.optim.Muon"},
+    "alsals_muon": {"optim": "alsals_muon"},
+    "alsals_muon, a search at every step": EVERY_STEP | {"optim": "alsals_muon"},
     "schedule_free_adamw": {"optim": "schedule_free_adamw"},
     "prodigy": {"package": "prodigyopt"},
     "salsa-optimizer, a search at every step": {"package": "salsa"},
@@ -199,6 +203,10 @@ def run(args: OverheadArguments, name: str, accumulation: int, is_profiled: bool
         from prodigyopt import Prodigy
 
         optimizer = Prodigy(model.parameters())
+    if package == "torch.optim.Muon":
+        from baseline import MuonAndAdamW
+
+        optimizer = MuonAndAdamW(model, lr=1e-3, rest_lr=1e-3)
     with tempfile.TemporaryDirectory() as output_dir:
         training_args = AlsalsTrainingArguments(
             output_dir=output_dir,
