@@ -35,7 +35,8 @@ class PathAverages:
         mean_slope, mean_size (`float`): Of the path slopes, and of their absolute values.
         settled_slope, settled_size (`float`): The same of the settled ones.
         steps (`float`): How many path slopes there have been.
-        steps_since_overshoot (`float`): How many since both averages were negative for the first time; -1 before.
+        steps_since_overshoot (`float`): How many since both path slopes, over the means of their absolute values, were
+            below `-overshoot` for the first time; -1 before.
     """
 
     mean_slope: float = 0.0
@@ -47,6 +48,7 @@ class PathAverages:
 
     decay: ClassVar[float] = 0.9
     first_steps: ClassVar[int] = 5  # too few to tell an overshoot by
+    overshoot: ClassVar[float] = 0.3
 
     @property
     def path_slope(self) -> float:
@@ -72,7 +74,8 @@ class PathAverages:
             settled_size=self.decay * self.settled_size + new * abs(settled),
             steps=self.steps + 1,
         )
-        has_overshot = averages.steps > self.first_steps and averages.mean_slope < 0 and averages.settled_slope < 0
+        r = max(averages.path_slope, averages.settled_path_slope)
+        has_overshot = averages.steps > self.first_steps and r < -self.overshoot
         if self.steps_since_overshoot >= 0 or has_overshot:
             return replace(averages, steps_since_overshoot=self.steps_since_overshoot + 1)
         return averages
@@ -128,9 +131,9 @@ class PathGrowth:
         log eta <- log eta + gain * damping * (r + overshoot),    r = mean(p) / mean(|p|) in [-1, 1]
 
     of all hidden matrices together. `p` is the settled path slope (see [`PathSlope`]) and `gain` is
-    `log(growth_factor)` until both averages of path slopes have been negative. From then on `r` is the mean of that of
-    the settled path slopes and that of the path slopes themselves, and `n` steps later `gain` is `settling / (settling
-    + n)` of what it was (Robbins-Monro). From then on, too, every tensor has a multiplier, which follows its own path
+    `log(growth_factor)` until there is an overshoot: `r` of the path slopes and that of the settled ones are both
+    below `-overshoot`. From then on `r` is the mean of the two, and `n` steps later `gain` is `settling / (settling +
+    n)` of what it was (Robbins-Monro). From then on, too, every tensor has a multiplier, which follows its own path
     slopes by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
     `largest_share` of the root mean square of the first weights of the hidden matrices.
 
@@ -165,7 +168,9 @@ class PathGrowth:
     )
     needs_path_slope: ClassVar[bool] = True
     least_lr_fraction: ClassVar[float] = 0.5
-    overshoot: ClassVar[float] = 0.3  # at 0 the steps are too short where gradients are mostly noise
+    overshoot: ClassVar[float] = (
+        PathAverages.overshoot
+    )  # at 0 the steps are too short where gradients are mostly noise
     settling: ClassVar[float] = 40.0
     largest_share: ClassVar[float] = 0.4
     least_lead: ClassVar[float] = 0.3  # r of one tensor is noisier than that of all, and so nearer to 0

@@ -259,8 +259,8 @@ def test_regret_is_that_over_the_best_of_most_seeds_of_a_sweep_by_todays_version
     assert by_task["bert-mlm"][3] == "+1.2 %"  # 4.05 over 4.0
     assert by_task["t5"][3] == f"-5.0 % v{matrix.METHOD_VERSION - 1}"
     assert "gpt2-wide" not in by_task
-    assert by_task["**mean in loss**"][2:4] == ["+6.2 % (2 tasks)", "+1.2 % (1 tasks)"]
-    assert by_task["**worst in loss**"][2:4] == ["+10.0 % (2 tasks)", "+1.2 % (1 tasks)"]
+    assert by_task["**mean in loss**"][2:4] == ["+6.2 % (+2.5 to +10.0), 2 tasks", "+1.2 %, 1 task"]
+    assert by_task["**worst in loss**"][2:4] == ["+10.0 %, 2 tasks", "+1.2 %, 1 task"]
 
 
 def test_a_task_that_is_judged_by_accuracy_is_compared_in_points():
