@@ -83,6 +83,7 @@ class Direction:
         name, description (`str`): Its name in checkpoints, and in words, for a model card.
         has_momentum_apart, takes_shards (`bool`): Whether `slope(momentum=False)` is there, and whether parameters may
             be DTensors.
+        takes_betas (`bool`): Whether it reads the `betas` and `eps` of parameter groups.
         params (`list[Tensor]`): The parameters with a gradient.
         multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
             it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
@@ -96,6 +97,7 @@ class Direction:
     buffer_names: ClassVar[tuple[str, ...]] = ()
     has_momentum_apart: ClassVar[bool] = True
     takes_shards: ClassVar[bool] = True
+    takes_betas: ClassVar[bool] = True
 
     def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         self.param_groups = param_groups
@@ -111,6 +113,30 @@ class Direction:
     @classmethod
     def check_installed(cls) -> None:
         """Raise an ImportError that names what has to be installed, if anything is missing; nothing is by default."""
+
+    @classmethod
+    def check_group(cls, group: dict[str, Any]) -> None:
+        """Raise if a parameter group says something that the direction does not read.
+
+        Args:
+            group (`dict`): The parameter group.
+
+        Raises:
+            TypeError: If `hidden` is no bool.
+            ValueError: If it is called otherwise, or `betas` and `eps` are set and not read.
+        """
+        for name in ("muon", "use_muon"):
+            if name in group:
+                raise ValueError(
+                    f'{name} is called hidden in parameter groups: {{"params": embeddings, "hidden": False}}.'
+                )
+        if not isinstance(hidden := group.get("hidden", True), bool):
+            raise TypeError(f"hidden must be True or False in a parameter group, got {hidden!r}.")
+        for name, default in () if cls.takes_betas else (("betas", (0.9, 0.999)), ("eps", 1e-8)):
+            if group[name] != default:
+                raise ValueError(
+                    f"{name} must be left at {default}: {cls.description} has its own, got {group[name]}."
+                )
 
     def accumulate(self, chunk: Chunk) -> None:
         """Update the buffers of a chunk from its gradients."""

@@ -108,8 +108,9 @@ class ALSALS(torch.optim.Optimizer):
     Args:
         params (iterable): Parameters, or dicts of parameter groups, to optimize.
         lr (`float`, defaults to 1.0): Multiplier on the searched step size, for learning rate schedules.
-        betas (`tuple[float, float]`, defaults to (0.9, 0.999)): Decay of Adam's two moments, each in [0, 1).
-        eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction.
+        betas (`tuple[float, float]`, defaults to (0.9, 0.999)): Decay of Adam's two moments, each in [0, 1), and of
+            LAMB's.
+        eps (`float`, defaults to 1e-8): Term added to the denominator of Adam's direction, and of LAMB's.
         weight_decay (`float`, defaults to 0.0): Decoupled weight decay per unit of step taken, as in AdamW. It is
             applied after the search and is not part of the searched line.
         growth (`str` or `LineSearch`, defaults to `"path"`): How the step size grows. With `"path"` that of each
@@ -216,15 +217,15 @@ class ALSALS(torch.optim.Optimizer):
                 differ from the defaults. `"hidden": False` says that its matrices are embeddings and heads.
 
         Raises:
-            TypeError: If a parameter is complex.
-            ValueError: If a hyperparameter is out of its range, or the group sets one of the line search.
+            TypeError: If a parameter is complex, or `hidden` is no bool.
+            ValueError: If a hyperparameter is out of its range or the direction has its own, or the group sets one of
+                the line search.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_hyperparameters(group)
-            if "muon" in group:
-                raise ValueError('muon is called hidden in parameter groups: {"params": embeddings, "hidden": False}.')
+            self.direction.check_group(group)
             if named := sorted({*self.line_search.options, "direction", "growth", "slope"} & set(group)):
                 raise ValueError(f"{named[0]} cannot differ between parameter groups: one search moves all of them.")
             for param in group["params"]:

@@ -59,7 +59,7 @@ class OptimizerDirection(Direction):
         for p in params:
             if isinstance(p, DTensor):
                 raise ValueError(
-                    f"{self.description} needs whole parameters, got a shard (FSDP2): use DDP, or Adam's."
+                    f"{self.description} needs whole parameters, got a shard (FSDP2): use DDP, or direction=adam."
                 )
         chunks = super()._cut(group, params)
         for p in params:
@@ -93,6 +93,7 @@ class LionDirection(OptimizerDirection):
 
     name = "lion"
     description = "Lion's direction"
+    takes_betas = False
 
     @classmethod
     def check_installed(cls) -> None:
@@ -127,12 +128,24 @@ class AdafactorDirection(OptimizerDirection):
 
     name = "adafactor"
     description = "Adafactor's direction"
+    takes_betas = False
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise an ImportError if the package is missing."""
+        cls._adafactor()
 
     def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Adafactor without a learning rate of its own."""
-        from transformers import Adafactor  # the optimizer alone does not need transformers
+        return self._adafactor()([copy], lr=1.0, scale_parameter=False, relative_step=False)
 
-        return Adafactor([copy], lr=1.0, scale_parameter=False, relative_step=False)
+    @staticmethod
+    def _adafactor() -> Any:
+        try:
+            from transformers import Adafactor  # the optimizer alone does not need transformers
+        except ImportError as error:
+            raise ImportError("direction=adafactor needs the package transformers: pip install it.") from error
+        return Adafactor
 
 
 class Float32OnCpu(TorchFunctionMode):
@@ -173,6 +186,16 @@ class MuonDirection(OptimizerDirection):
         """Return two dimensions for what moves along Muon's direction, else the parameter's own."""
         return (len(p), p.numel() // len(p)) if id(p) in self._hidden else tuple(p.shape)
 
+    def _cut(self, group: dict[str, Any], params: list[Tensor]) -> list[Chunk]:
+        for p in params:
+            has_muons = f"{_PREFIX}momentum_buffer" in self.state[p]
+            if "step" in self.state[p] and has_muons != (id(p) in self._hidden):
+                raise ValueError(
+                    f"hidden must be said before the first step: a parameter of shape {list(p.shape)} has moved along "
+                    f"{'Muon' if has_muons else 'Adam'}'s direction, and is to move along the other now."
+                )
+        return super()._cut(group, params)
+
     def optimizer_of(self, p: Tensor, copy: Tensor, group: dict[str, Any]) -> torch.optim.Optimizer:
         """Return Muon for a hidden matrix, else AdamW with the betas and eps of the group."""
         if id(p) in self._hidden:
@@ -180,15 +203,19 @@ class MuonDirection(OptimizerDirection):
         return torch.optim.AdamW([copy], lr=1.0, betas=group["betas"], eps=group["eps"], weight_decay=0.0)
 
     def step_of(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have the optimizer take its step, on a CPU in float32."""
-        with Float32OnCpu():
+        """Have the optimizer take its step, Muon on a CPU in float32."""
+        if not isinstance(optimizer, torch.optim.Muon):
+            optimizer.step()
+            return
+        with Float32OnCpu(), torch.autocast("cpu", enabled=False):
             optimizer.step()
 
 
 def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, layers_only: bool = False) -> None:
     """Note in the parameter groups which matrices are no hidden ones: the places of embeddings and heads, `"apart"`.
 
-    Heads are output embeddings, and linear layers of as many outputs as the config has tokens or labels.
+    Heads are output embeddings, and linear layers outside of the blocks that have one output, or as many as the config
+    has tokens or labels. Blocks are what module lists hold, unless they are single layers.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer of the model.
@@ -197,12 +224,15 @@ def set_hidden_matrices(optimizer: torch.optim.Optimizer, model: nn.Module, laye
             convolutions only, as Muon takes them.
     """
     config, output = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)()
-    sizes = {getattr(config, name, None) for name in ("vocab_size", "num_labels")} - {None}
+    sizes = {1, *(getattr(config, name, None) for name in ("vocab_size", "num_labels"))} - {None}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    in_blocks = {id(part) for blocks in lists for block in blocks if [*block.children()] for part in block.modules()}
     apart, layers = set(), set()
     for name, module in model.named_modules():
         is_layer = isinstance(module, _LAYERS) or type(module).__name__ == "Conv1D"  # transformers' own
         is_adapter = ".lora_" in name  # whose rank may be the number of labels
-        is_head = module is output or (getattr(module, "out_features", None) in sizes and not is_adapter)
+        is_of_size = getattr(module, "out_features", None) in sizes and not is_adapter
+        is_head = module is output or (is_of_size and id(module) not in in_blocks)
         if isinstance(module, nn.Embedding) or (is_layer and is_head):
             apart.add(id(module.weight))
         elif is_layer:

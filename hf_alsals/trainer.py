@@ -145,7 +145,7 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
         optimizer = super().create_optimizer(*args, **kwargs)
         self.alsals, self.loss_replay = unwrap_alsals(optimizer), None
         if self.alsals is not None:
-            set_hidden_matrices(self.alsals, self.model, layers_only=self.alsals.direction is MuonDirection)
+            set_hidden_matrices(self.alsals, self.model, layers_only=issubclass(self.alsals.direction, MuonDirection))
         if self.alsals is not None and self.alsals.pending.closure is None:
             self.alsals.set_closure(Unrecorded(type(self)))
         return optimizer

@@ -8,7 +8,16 @@ from pytorch_optimizer import Lamb, Lion
 from small_problems import assert_identical, make_net, net_loss, parameter_group, single, through_torch_save, train
 from tiny_training import Sequences, arguments, gpt2
 from torch import nn
-from transformers import Adafactor, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Adafactor,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_alsals import ALSALS, AlsalsTrainer, AlsalsTrainingArguments
 from hf_alsals.direction import hidden_matrices
@@ -209,8 +218,57 @@ def test_a_group_says_that_it_has_no_hidden_matrices():
     matrices = [nn.Parameter(torch.zeros(2, 2)) for _ in range(4)]
     groups = [{"params": matrices[:1], "hidden": False}, {"params": matrices[1:], "apart": [1]}]
     assert [id(p) for p in hidden_matrices(groups)] == [id(matrices[1]), id(matrices[3])]
-    with pytest.raises(ValueError, match="muon is called hidden"):
-        ALSALS([{"params": matrices, "muon": False}])
+    for name in ("muon", "use_muon"):
+        with pytest.raises(ValueError, match=f"^{name} is called hidden in parameter groups"):
+            ALSALS([{"params": matrices, name: False}])
+    with pytest.raises(TypeError, match=r"^hidden must be True or False in a parameter group, got 'False'\."):
+        ALSALS([{"params": matrices, "hidden": "False"}])
+
+
+def test_layers_in_blocks_as_wide_as_there_are_tokens_or_labels_are_no_heads():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    for width in ({"hidden_size": 32, "intermediate_size": 48}, {"hidden_size": 16, "intermediate_size": 32}):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, **width, **sizes))
+        assert apart_in(llama, layers_only=True) == ["model.embed_tokens.weight", "lm_head.weight"]
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    choice = BertForMultipleChoice(BertConfig(vocab_size=20, **size))
+    assert apart_in(choice, layers_only=True)[-1] == "classifier.weight"  # of one output
+    heads = nn.Module()
+    heads.config, heads.several = BertConfig(num_labels=3), nn.ModuleList(nn.Linear(8, 3) for _ in range(2))
+    assert apart_in(heads, layers_only=True) == ["several.0.weight", "several.1.weight"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_a_matrix_that_turns_hidden_between_steps_is_refused_before_anything_moves(before, after):
+    net = make_net(torch.float32)
+    optimizer = ALSALS([{"params": net.parameters(), "hidden": before}], direction="muon")
+    train(net, optimizer, range(2))
+    weights, steps = copy.deepcopy(net.state_dict()), [state["step"].item() for state in optimizer.state.values()]
+    optimizer.param_groups[0]["hidden"] = after
+    with pytest.raises(ValueError, match=f"has moved along {'Muon' if before else 'Adam'}'s direction"):
+        train(net, optimizer, range(2, 3))
+    assert_identical(net.state_dict(), weights)
+    assert [state["step"].item() for state in optimizer.state.values()] == steps
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor"])
+@pytest.mark.parametrize("option", [{"betas": (0.5, 0.999)}, {"eps": 1e-6}])
+def test_what_a_direction_does_not_read_is_refused(name, option):
+    (said,) = option
+    with pytest.raises(ValueError, match=rf"^{said} must be left at .*'s direction has its own, got "):
+        ALSALS([single([1.0])], direction=name, **option)
+    ALSALS([single([1.0])], direction="lamb", **option)
+
+
+def test_in_autocast_muon_is_in_float32_and_its_mode_is_left():
+    p, q = (nn.Parameter(torch.zeros(8, 6)) for _ in range(2))
+    p.grad = q.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    directions = [MuonDirection([parameter_group([w])], {w: {}}) for w in (p, q)]
+    directions[0].update()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        directions[1].update()
+    assert torch.equal(directions[0].state[p]["direction"], directions[1].state[q]["direction"])
+    assert p.grad.bfloat16().dtype == torch.bfloat16
 
 
 def test_training_twice_and_resuming_with_muon(tmp_path):

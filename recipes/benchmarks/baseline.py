@@ -37,7 +37,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.hidden = hidden_matrices(groups.param_groups)
         ids = {id(p) for p in self.hidden}
         rest = [p for group in groups.param_groups for p in group["params"] if id(p) not in ids]
-        self.matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.hidden]  # of the same memory
+        self.matrices = [torch.nn.Parameter(p.detach().view(len(p), -1)) for p in self.hidden]  # of the same memory
         self.parts = [
             torch.optim.Muon(self.matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=rest_lr, weight_decay=0.0),
@@ -55,6 +55,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["Muon"] and "--optim_args" not in sys.argv:
+        sys.exit("baseline.py Muon: --optim_args must be the learning rate of AdamW for what Muon leaves out.")
     if len(sys.argv) < 3 or not (sys.argv[1] == "Muon" or hasattr(pytorch_optimizer, sys.argv[1])):
         sys.exit(
             "usage: baseline.py OPTIMIZER RECIPE [FLAGS], with Muon or an optimizer of pytorch_optimizer, as Lamb."
