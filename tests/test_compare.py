@@ -196,7 +196,14 @@ def test_means_have_their_standard_error_and_one_lucky_seed_does_not_win():
         "| bert-mlm | adamw | 0.001, best of 3 | 3 | 2.200 ± 0.153 |  |  |",
     ]
     front = [line for line in rows_of(tables.front_table(rows)) if "masked BERT" in line]
-    assert front == ["| masked BERT | 2.200 | 2.200 ± 0.153 |  |"]
+    assert front == ["| masked BERT | 2.200 | 2.200 ± 0.153 |  |  |"]
+
+
+def test_the_front_page_has_both_directions_beside_their_optimizers():
+    mine = [run_of("muon", rate, loss, 1) for rate, loss in ((1e-3, 1.9), (3e-3, 1.8))]
+    mine += [run_of("alsals_muon", None, loss, seed) for seed, loss in ((1, 1.0), (2, 2.0))]
+    (row,) = [line for line in rows_of(tables.front_table(tables.summarize(mine))) if "masked BERT" in line]
+    assert row == "| masked BERT |  |  | 1.500 ± 0.500 | 1.800 |"
 
 
 def test_versions_are_never_mixed_and_the_newest_is_shown_with_its_own_seeds():

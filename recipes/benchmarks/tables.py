@@ -14,10 +14,9 @@ from scipy.stats import bootstrap
 
 from hf_alsals.presets import METHOD_VERSION
 
-# The rows of the front page's table: what AdamW was run on at the library's default, and the two longest runs.
+# The rows of the front page's table.
 FRONT = {
     "gpt2-shakespeare": "GPT-2, tinyshakespeare",
-    "gpt2-3000": "the same, 3000 steps",
     "gpt2-reference": "GPT-2, Python's reference",
     "t5": "T5",
     "bert-mlm": "masked BERT",
@@ -25,7 +24,6 @@ FRONT = {
     "sst2": "MiniLM, SST-2",
     "cifar10": "ResNet, CIFAR-10",
     "digits": "ResNet, digits",
-    "digits-long": "the same, 20 epochs",
 }
 FRONT_PICTURE = "t5"
 
@@ -244,13 +242,13 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
 
 
 def front_table(rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of the front page: validation losses of alsals and of AdamW, tuned and not."""
+    """Return the Markdown table of the front page: validation losses along Adam's and Muon's direction, beside both."""
     lines = [
         "Validation loss ± standard error over seeds; without, one seed. v: by that version of the method; today's is"
         f" {METHOD_VERSION}.",
         "",
-        "| task | `alsals` | AdamW, best of a sweep | AdamW, 5e-5 |",
-        "| --- | --- | --- | --- |",
+        "| task | `alsals` | AdamW, best of a sweep | `alsals_muon` | Muon, best of six |",
+        "| --- | --- | --- | --- | --- |",
     ]
 
     def cell(row: dict[str, Any] | None) -> str:
@@ -259,8 +257,8 @@ def front_table(rows: list[dict[str, Any]]) -> str:
         return f"{_with_error(row, 'eval_loss')} {_mark(row).replace('version ', 'v')}".rstrip()
 
     for task, title in FRONT.items():
-        alsals, default = (chosen_row(rows, task, name) for name in ("alsals", "adamw, library default"))
-        cells = [cell(row) for row in (alsals, swept_row(rows, task), default)]
+        alsals, alsals_muon, muon = (chosen_row(rows, task, name) for name in ("alsals", "alsals_muon", "muon"))
+        cells = [cell(row) for row in (alsals, swept_row(rows, task), alsals_muon, muon)]
         if any(cells):
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
