@@ -68,7 +68,15 @@ def test_the_page_holds_the_tables_of_the_optimizer_alone(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["overhead", "overhead-ddp", "overhead-5m-512", "overhead-60m-512", "overhead-124m-512", "overhead-5m-4096"],
+    [
+        "overhead",
+        "overhead-ddp",
+        "overhead-5m-512",
+        "overhead-60m-512",
+        "overhead-124m-512",
+        "overhead-5m-4096",
+        "overhead-muon",
+    ],
 )
 def test_the_page_holds_the_tables_of_its_numbers(name):
     report = json.loads((BENCHMARKS / f"{name}.json").read_text())
