@@ -172,7 +172,7 @@ def _count(values: list[float]) -> str:
 def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
     """Draw performance profiles (arXiv 2306.07179): the share of tasks whose loss is within a factor of the best.
 
-    Tasks are those that AdamW was swept on and that are judged by loss, and runs those of today's version.
+    Tasks are those that are judged by loss and that AdamW and today's `alsals` were run on.
     """
     one_rate = one_rate_rows(rows)
     lines: dict[str, dict[str, float]] = {"AdamW, swept": {}, "AdamW, one rate": {}} | {name: {} for name in PROFILE}
@@ -181,6 +181,8 @@ def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
             continue
         found = {"AdamW, swept": swept_row(rows, task), "AdamW, one rate": one_rate.get(task)}
         found |= {name: chosen_row(rows, task, name) for name in PROFILE}
+        if found["alsals"] is None or _mark(found["alsals"]):
+            continue
         for name, row in found.items():
             if row is not None and not _mark(row):
                 lines[name][task] = row["eval_loss"]
@@ -242,10 +244,9 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
 
 
 def front_table(rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of the front page: validation losses along Adam's and Muon's direction, beside both."""
+    """Return the Markdown table of the front page: validation losses along both directions, beside AdamW and Muon."""
     lines = [
-        "Validation loss ± standard error over seeds; without, one seed. v: by that version of the method; today's is"
-        f" {METHOD_VERSION}.",
+        f"Validation loss ± standard error over seeds, or one seed. v: version of the method, today {METHOD_VERSION}.",
         "",
         "| task | `alsals` | AdamW, best of a sweep | `alsals_muon` | Muon, best of six |",
         "| --- | --- | --- | --- | --- |",
