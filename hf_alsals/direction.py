@@ -133,10 +133,9 @@ class Direction:
         if not isinstance(hidden := group.get("hidden", True), bool):
             raise TypeError(f"hidden must be True or False in a parameter group, got {hidden!r}.")
         for name, default in () if cls.takes_betas else (("betas", (0.9, 0.999)), ("eps", 1e-8)):
-            if group[name] != default:
-                raise ValueError(
-                    f"{name} must be left at {default}: {cls.description} has its own, got {group[name]}."
-                )
+            value = tuple(group[name]) if name == "betas" else group[name]  # a list is taken too
+            if value != default:
+                raise ValueError(f"{name} must be left at {default}: {cls.description} has its own, got {value}.")
 
     def accumulate(self, chunk: Chunk) -> None:
         """Update the buffers of a chunk from its gradients."""

@@ -168,9 +168,8 @@ class PathGrowth:
     )
     needs_path_slope: ClassVar[bool] = True
     least_lr_fraction: ClassVar[float] = 0.5
-    overshoot: ClassVar[float] = (
-        PathAverages.overshoot
-    )  # at 0 the steps are too short where gradients are mostly noise
+    # At 0 the steps are too short where gradients are mostly noise.
+    overshoot: ClassVar[float] = PathAverages.overshoot
     settling: ClassVar[float] = 40.0
     largest_share: ClassVar[float] = 0.4
     least_lead: ClassVar[float] = 0.3  # r of one tensor is noisier than that of all, and so nearer to 0

@@ -288,9 +288,9 @@ def test_a_profile_is_that_of_the_tasks_that_adamw_and_todays_alsals_were_run_on
     monkeypatch.setattr(Axes, "step", step)
     monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
     tables.draw_profile(tables.summarize(swept_runs()), tmp_path / "profile.png")
-    assert drawn["AdamW, swept (1 tasks)"] == ([1, 1.0, 2], [0, 1.0, 1.0])  # on T5 today's alsals was not run
-    assert drawn["alsals (1 tasks)"] == ([1, pytest.approx(4.05 / 4.0), 2], [0, 1.0, 1.0])
-    assert drawn["AdamW, one rate (1 tasks)"][0] == pytest.approx([1, 4.1 / 4.0, 2])
+    assert drawn["AdamW, swept (1 task)"] == ([1, 1.0, 2], [0, 1.0, 1.0])  # on T5 today's alsals was not run
+    assert drawn["alsals (1 task)"] == ([1, pytest.approx(4.05 / 4.0), 2], [0, 1.0, 1.0])
+    assert drawn["AdamW, one rate (1 task)"][0] == pytest.approx([1, 4.1 / 4.0, 2])
 
 
 def test_a_page_is_rewritten_between_its_markers_only(tmp_path):

@@ -258,6 +258,7 @@ def test_what_a_direction_does_not_read_is_refused(name, option):
     with pytest.raises(ValueError, match=rf"^{said} must be left at .*'s direction has its own, got "):
         ALSALS([single([1.0])], direction=name, **option)
     ALSALS([single([1.0])], direction="lamb", **option)
+    ALSALS([single([1.0])], direction=name, betas=[0.9, 0.999])
 
 
 def test_in_autocast_muon_is_in_float32_and_its_mode_is_left():

@@ -163,10 +163,8 @@ def test_two_processes_train_as_if_it_had_been_written_for_this_package(ours, tm
     (tmp_path / "parsed.py").write_text(text.replace("import torch\n", f"import torch\n{says}", 1))
     stderr = run(*launch, "-m", *RUN[2:], "parsed.py", "--output_dir", "one", *flags, cwd=tmp_path)
     assert line_of(stderr).startswith("Trainer trains with optim alsals")
-    assert (stderr.count("group up: False"), stderr.count("group up: True")) == (
-        2,
-        0,
-    )  # gloo aborts some that leave it up
+    # gloo aborts some processes that leave it up
+    assert (stderr.count("group up: False"), stderr.count("group up: True")) == (2, 0)
     run(*launch, ours.parent / "script.py", "--output_dir", "other", *flags, cwd=tmp_path)
     assert_identical(*(load_file(tmp_path / name / "model.safetensors") for name in ("one", "other")))
     assert sum(entry.get("probes", 0) for entry in logs(tmp_path / "one")) >= 6

@@ -196,7 +196,7 @@ def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
             loss / min(other[task] for other in lines.values() if task in other) for task, loss in losses.items()
         )
         shares = [(i + 1) / len(ratios) for i in range(len(ratios))]
-        axes.step([1, *ratios, 2], [0, *shares, *shares[-1:]], where="post", label=f"{name} ({len(ratios)} tasks)")
+        axes.step([1, *ratios, 2], [0, *shares, *shares[-1:]], where="post", label=f"{name} ({_count(ratios)})")
     axes.set_xlim(1, 1.3)
     axes.set_xlabel("loss over the best one on the task")
     axes.set_ylabel("share of tasks")
