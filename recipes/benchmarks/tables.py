@@ -131,7 +131,7 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
     for task in tasks:
         best = swept_row(rows, task)
         runs_of = sum(len(best_rows(rows, task, name)) for name in SWEEP)
-        schedule = "cosine" if best["optimizer"] == "adamw" else "stable, then linear"
+        schedule = matrix.TASKS[task].schedule if best["optimizer"] == "adamw" else "stable, then linear"
         metric = matrix.TASKS[task].metric
         cells = [f"{_with_error(best, metric)} ({best['learning_rate']:g}, {schedule}, best of {runs_of})"]
         for name in ("one rate", *PROFILE):
