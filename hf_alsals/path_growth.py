@@ -35,8 +35,9 @@ class PathAverages:
         mean_slope, mean_size (`float`): Of the path slopes, and of their absolute values.
         settled_slope, settled_size (`float`): The same of the settled ones.
         steps (`float`): How many path slopes there have been.
-        steps_since_overshoot (`float`): How many since both path slopes, over the means of their absolute values, were
-            below `-overshoot` for the first time; -1 before.
+        shrinking_steps (`float`): At how many of those since the overshoot `r` has been below `-overshoot`, so that the
+            step size shrank; -1 before. At the overshoot both path slopes, over the means of their absolute values, are
+            below `-overshoot`.
     """
 
     mean_slope: float = 0.0
@@ -44,10 +45,10 @@ class PathAverages:
     settled_slope: float = 0.0
     settled_size: float = 0.0
     steps: float = 0
-    steps_since_overshoot: float = -1
+    shrinking_steps: float = -1
 
     decay: ClassVar[float] = 0.9
-    first_steps: ClassVar[int] = 5  # too few to tell an overshoot by
+    first_steps: ClassVar[int] = 40  # the steps of a start turn back, which looks like an overshoot
     overshoot: ClassVar[float] = 0.3
 
     @property
@@ -59,6 +60,13 @@ class PathAverages:
     def settled_path_slope(self) -> float:
         """The same of the settled path slopes."""
         return self.settled_slope / self.settled_size if self.settled_size > 0 else 0.0
+
+    @property
+    def r(self) -> float:
+        """What the step size follows: `settled_path_slope`, from the overshoot on its mean with `path_slope`."""
+        if self.shrinking_steps < 0:
+            return self.settled_path_slope
+        return (self.path_slope + self.settled_path_slope) / 2
 
     def averaged(self, path_slope: PathSlope) -> Self:
         """Return the averages with one more path slope; one that is not finite is left out."""
@@ -74,11 +82,11 @@ class PathAverages:
             settled_size=self.decay * self.settled_size + new * abs(settled),
             steps=self.steps + 1,
         )
-        r = max(averages.path_slope, averages.settled_path_slope)
-        has_overshot = averages.steps > self.first_steps and r < -self.overshoot
-        if self.steps_since_overshoot >= 0 or has_overshot:
-            return replace(averages, steps_since_overshoot=self.steps_since_overshoot + 1)
-        return averages
+        if self.shrinking_steps >= 0:
+            return replace(averages, shrinking_steps=self.shrinking_steps + (averages.r < -self.overshoot))
+        largest = max(averages.path_slope, averages.settled_path_slope)
+        has_overshot = averages.steps > self.first_steps and largest < -self.overshoot
+        return replace(averages, shrinking_steps=0) if has_overshot else averages
 
 
 @dataclass(frozen=True)
@@ -132,9 +140,10 @@ class PathGrowth:
 
     of all hidden matrices together. `p` is the settled path slope (see [`PathSlope`]) and `gain` is
     `log(growth_factor)` until there is an overshoot: `r` of the path slopes and that of the settled ones are both
-    below `-overshoot`. From then on `r` is the mean of the two, and `n` steps later `gain` is `settling / (settling +
-    n)` of what it was (Robbins-Monro). From then on, too, every tensor has a multiplier, which follows its own path
-    slopes by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
+    below `-overshoot`, after the first 40 steps. From then on `r` is the mean of the two, and once the step size has
+    shrunk at `n` steps `gain` is `settling / (settling + n)` of what it was (Robbins-Monro; that the steps back are
+    what counts is Kesten's, 1958). From then on, too, every tensor has a multiplier, which follows its own path slopes
+    by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
     `largest_share` of the root mean square of the first weights of the hidden matrices.
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
@@ -232,10 +241,7 @@ class PathGrowth:
             averages (`PathAverages`): The averages of what moves by it.
             common (`PathGrowthState`): The state of all hidden matrices together, whose `path_size` damps it.
         """
-        r = averages.settled_path_slope
-        if averages.steps_since_overshoot >= 0:
-            r = (r + averages.path_slope) / 2
-        exponent = r + self.overshoot
+        exponent = averages.r + self.overshoot
         if exponent > 0:
             exponent *= min(1.0, common.path_size / self.least_path_size)
         return self.gain(averages) * exponent
@@ -246,7 +252,7 @@ class PathGrowth:
         Args:
             averages (`PathAverages`): The averages of what moves by it.
         """
-        return math.log(self.growth_factor) * self.settling / (self.settling + max(averages.steps_since_overshoot, 0))
+        return math.log(self.growth_factor) * self.settling / (self.settling + max(averages.shrinking_steps, 0))
 
     def follow_tensor(
         self,
@@ -268,8 +274,8 @@ class PathGrowth:
             largest (`float`, defaults to infinity): The largest multiplier, where it is below those of the class.
         """
         state = state.averaged(path_slope)
-        if common.steps_since_overshoot < 0:
-            return replace(state, steps_since_overshoot=-1)
+        if common.shrinking_steps < 0:
+            return replace(state, shrinking_steps=-1)
         if state.settled_size == 0:  # nothing is known of it
             return state
         largest = min(largest, self.largest_hidden_multiplier if is_hidden else self.largest_multiplier)
@@ -289,7 +295,7 @@ class PathGrowth:
         Args:
             state (`PathGrowthState`): The state before the search.
         """
-        is_over = state.has_backtracked or state.steps_since_overshoot >= 0
+        is_over = state.has_backtracked or state.shrinking_steps >= 0
         is_far_too_small = state.settled_path_slope > self.least_path_slope
         return self.largest_share * state.weight_scale if is_far_too_small and not is_over else 0.0
 

@@ -65,7 +65,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
     eta, taken, s, b, has_backtracked, sizes = 0.0, 0.0, 0.0, 0.0, False, []
     logs = [0.0] * len(shapes)
     # For all hidden matrices together, and for each tensor: averages of the path slopes and of the settled ones, with
-    # those of their absolute values, and the steps since both were below -0.3 of these for the first time.
+    # those of their absolute values, and the shrinking steps since both were below -0.3 of these for the first time.
     averages = [[0.0, 0.0, 0.0, 0.0, None] for _ in range(1 + len(shapes))]
 
     def gain(since):
@@ -96,10 +96,11 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
             together = tuple(sum(one[i] for one, is_hidden in zip(both, hidden) if is_hidden) for i in (0, 1))
             for average, (p, q) in zip(averages, [together, *both]):
                 average[:4] = [0.9 * old + 0.1 * new for old, new in zip(average, (p, abs(p), q, abs(q)))]
-                if average[4] is not None or (
-                    k > 5 and average[0] < -0.3 * average[1] and average[2] < -0.3 * average[3]
-                ):
-                    average[4] = 0 if average[4] is None else average[4] + 1
+                path_r, settled_r = (mean / size if size else 0.0 for mean, size in (average[:2], average[2:4]))
+                if average[4] is not None:
+                    average[4] += (path_r + settled_r) / 2 < -0.3
+                elif k >= 40 and path_r < -0.3 and settled_r < -0.3:
+                    average[4] = 0
             p = abs(together[0])
             sizes.append(p if not sizes else sizes[-1] ** 0.9 * p**0.1)
             before = eta

@@ -141,9 +141,9 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
 
 def overshooting(net, **settings):
     """Return an optimizer that has overshot, and whose tensors have step sizes of their own."""
-    optimizer = ALSALS(net.parameters(), growth_factor=1.2, search_interval=1, **settings)
-    train(net, optimizer, range(60))
-    assert optimizer.search.growth.steps_since_overshoot > 0
+    optimizer = ALSALS(net.parameters(), growth_factor=1.05, search_interval=1, **settings)
+    train(net, optimizer, range(90))
+    assert optimizer.search.growth.shrinking_steps > 0
     assert len({size for sizes in optimizer.step_sizes().values() for size in sizes}) > 1
     return optimizer
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_fills_a_fresh_optimizer_has_the_step_sizes_of_tensors
     optimizer = overshooting(net)
     other = make_net()
     other.load_state_dict(net.state_dict())
-    fresh = ALSALS(other.parameters(), growth_factor=1.2, search_interval=1)
+    fresh = ALSALS(other.parameters(), growth_factor=1.05, search_interval=1)
     saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
     # torch.distributed.checkpoint.load fills only what is there.
     there = get_optimizer_state_dict(other, fresh)["state"]

@@ -38,7 +38,8 @@ def test_small_path_slopes_let_it_grow_less_and_shrink_as_ever():
         exponent = average / size + 0.3
         if exponent > 0:
             exponent *= min(1, sizes[-1] / (0.1 * max(sizes)))
-        since += len(sizes) > 5  # it has overshot as soon as that can be told
+        if len(sizes) > 40:  # it has overshot as soon as that can be told
+            since += since < 0 or average < -0.3 * size
         expected *= 1.2 ** (exponent * 40 / (40 + max(since, 0)))
         assert step_size == pytest.approx(expected)
         assert state.path_size == pytest.approx(sizes[-1] / max(sizes))
@@ -52,34 +53,37 @@ def test_one_bad_batch_does_not_hold_it(sign):
     path_slopes[50] = sign * 1e5
     disturbed = follow(PathGrowth(), path_slopes)
     grown = [history[349][1] / history[300][1] for history in (disturbed, calm)]
-    steps = sum(40 / (40 + n) for n in range(250, 299)) if sign < 0 else 49  # a bad batch may look like an overshoot
     assert grown[1] == pytest.approx(1.03 ** (49 * 1.3))
-    assert grown[0] == pytest.approx(1.03 ** (steps * 1.3), rel=1e-3)
+    n = disturbed[-1][0].shrinking_steps  # a bad batch may look like an overshoot
+    assert (n > 0) == (sign < 0)
+    assert grown[0] == pytest.approx(1.03 ** (40 / (40 + max(n, 0)) * 49 * 1.3), rel=1e-3)
 
 
 def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
     assert follow(PathGrowth(), [1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**13)
-    # By ever less from the sixth step on, where an overshoot can be told.
-    exponent = 5 + sum(40 / (40 + n) for n in range(5))
-    assert follow(PathGrowth(), [-1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03 ** (-0.7 * exponent))
+    # By ever less from step 41 on, where an overshoot can be told.
+    exponent = 40 + sum(40 / (40 + n) for n in range(5))
+    assert follow(PathGrowth(), [-1.0] * 45)[-1][1] == pytest.approx(0.1 * 1.03 ** (-0.7 * exponent))
 
 
 def test_an_overshoot_is_one_of_both_averages():
     growth = PathGrowth()
     state = growth.init(0.1)
-    for slope, settled in [(1.0, -1.0)] * 8 + [(-0.29, -0.29), (0.29, 0.29)] + [(-1.0, 1.0)] * 30:
+    for slope, settled in [(1.0, -1.0)] * 20 + [(-0.29, -0.29), (0.29, 0.29)] + [(-1.0, 1.0)] * 30:
         state, _ = growth.follow(state, 0.1, PathSlope(slope, settled))
-        assert state.steps_since_overshoot == -1
+        assert state.shrinking_steps == -1
     steps = 0
     while state.settled_path_slope >= -0.3:
-        assert state.steps_since_overshoot == -1
+        assert state.shrinking_steps == -1
         state, _ = growth.follow(state, 0.1, PathSlope(-1.0, -1.0))
         steps += 1
-    assert state.steps_since_overshoot == 0
+    assert state.shrinking_steps == 0
     assert steps > 3
-    for since in (1, 2):
-        state, _ = growth.follow(state, 0.1, PathSlope(1.0, 1.0))
-        assert state.steps_since_overshoot == since
+    n = 0
+    for slope, settled in [(-1.0, -1.0), (1.0, -1.0), (-1.0, 1.0)] * 3 + [(0.5, 0.5)] * 9 + [(-1.0, -1.0)] * 9:
+        state, _ = growth.follow(state, 0.1, PathSlope(slope, settled))
+        n += state.path_slope + state.settled_path_slope < -0.6
+        assert state.shrinking_steps == n
 
 
 def test_the_settled_path_slope_is_what_it_follows():
@@ -114,7 +118,7 @@ def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(pat
 def test_a_search_doubles_nothing_after_an_overshoot():
     growth = PathGrowth()
     state = dataclasses.replace(overshot(growth), mean_slope=1.0, mean_size=1.0, settled_slope=1.0, settled_size=1.0)
-    assert growth.largest_doubled(dataclasses.replace(state, steps_since_overshoot=-1)) > 0
+    assert growth.largest_doubled(dataclasses.replace(state, shrinking_steps=-1)) > 0
     assert growth.largest_doubled(state) == 0.0
 
 
@@ -123,7 +127,7 @@ def test_a_search_doubles_nothing_after_an_overshoot():
 
 def overshot(growth):
     state = growth.init(0.1)
-    for _ in range(8):
+    for _ in range(42):
         state, _ = growth.follow(state, 0.1, PathSlope(-1.0, -1.0))
     return state
 
@@ -134,7 +138,7 @@ def test_before_the_common_step_size_has_overshot_tensors_share_it():
     tensor = TensorState()
     for _ in range(10):
         tensor = growth.follow_tensor(tensor, PathSlope(-1.0, -1.0), common, 0.0, is_hidden=False)
-    assert (tensor.log_multiplier, tensor.multiplier, tensor.steps_since_overshoot) == (0.0, 1.0, -1)
+    assert (tensor.log_multiplier, tensor.multiplier, tensor.shrinking_steps) == (0.0, 1.0, -1)
     assert tensor.path_slope == -1.0
 
 
@@ -144,14 +148,14 @@ def test_a_tensor_follows_its_own_path_slopes_from_then_on():
     for k in range(45):
         path_slope = 1.0 if k < 30 else -1.0
         tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, -0.01, is_hidden=False)
-        gain = 40 / (40 + max(tensor.steps_since_overshoot, 0))
+        gain = 40 / (40 + max(tensor.shrinking_steps, 0))
         r = (tensor.settled_path_slope + tensor.path_slope) / 2
         lead = math.log(1.03) * gain * (r + 0.3) + 0.01
         log += max(lead - math.log(1.03) * gain * 0.3, 0.0) if lead > 0 else lead
         assert tensor.log_multiplier == pytest.approx(log)
         assert abs(math.log(tensor.multiplier) - log) <= math.log(2) / 8 + 1e-12
         assert 4 * math.log2(tensor.multiplier) == pytest.approx(round(4 * math.log2(tensor.multiplier)))
-    assert tensor.steps_since_overshoot > 0
+    assert tensor.shrinking_steps > 0
 
 
 @pytest.mark.parametrize("before", [-0.6, -0.3, -0.25, -0.2, 0.0, 0.05, 0.2, 0.5])
@@ -159,16 +163,15 @@ def test_a_multiplier_grows_only_by_what_its_tensors_lead_exceeds(before):
     growth = PathGrowth()
     sizes = {"mean_size": 1.0, "settled_size": 1.0}
     common = overshot(growth)
-    common = dataclasses.replace(common, mean_slope=-0.2, settled_slope=-0.2, steps_since_overshoot=20, **sizes)
-    tensor = TensorState(
-        mean_slope=before, settled_slope=before, log_multiplier=0.5, steps_since_overshoot=19, **sizes
-    )
+    common = dataclasses.replace(common, mean_slope=-0.2, settled_slope=-0.2, shrinking_steps=20, **sizes)
+    tensor = TensorState(mean_slope=before, settled_slope=before, log_multiplier=0.5, shrinking_steps=20, **sizes)
     tensor = growth.follow_tensor(
         tensor, PathSlope(before, before), common, growth.log_growth(common, common), is_hidden=True
     )
-    lead = tensor.path_slope + 0.2  # over the r of all hidden matrices
-    lead = lead if lead < 0 else max(lead - 0.3, 0.0)
-    assert tensor.log_multiplier == pytest.approx(0.5 + math.log(1.03) * 40 / 60 * lead)
+    gain = 40 / (40 + tensor.shrinking_steps)
+    lead = gain * (tensor.path_slope + 0.3) - 40 / 60 * 0.1  # over the growth of all hidden matrices
+    lead = lead if lead < 0 else max(lead - 0.3 * gain, 0.0)
+    assert tensor.log_multiplier == pytest.approx(0.5 + math.log(1.03) * lead)
     assert (tensor.log_multiplier > 0.5) == (before > 0.1)
 
 
