@@ -35,9 +35,8 @@ class PathAverages:
         mean_slope, mean_size (`float`): Of the path slopes, and of their absolute values.
         settled_slope, settled_size (`float`): The same of the settled ones.
         steps (`float`): How many path slopes there have been.
-        shrinking_steps (`float`): At how many of those since the overshoot `r` has been below `-overshoot`, so that the
-            step size shrank; -1 before. At the overshoot both path slopes, over the means of their absolute values, are
-            below `-overshoot`.
+        shrinking_steps (`float`): At how many since the overshoot `r` has been below `-overshoot`, so that the step
+            size shrank; -1 before. There both path slopes, over the means of their absolute values, are below it.
     """
 
     mean_slope: float = 0.0

@@ -106,6 +106,40 @@ def test_only_optimizers_of_this_package_have_a_version_and_each_implementation_
     assert key_of(f"{launch} Lamb recipes/run_mlm.py") != key_of(f"{launch} Prodigy recipes/run_mlm.py")
 
 
+@pytest.mark.parametrize("model", ["lstm", "mlp"])
+@pytest.mark.parametrize("optimizer", ["alsals", "adamw, warmup_stable_decay"])
+def test_a_model_is_trained_in_a_loop_of_plain_pytorch(model, optimizer, monkeypatch, tmp_path):
+    steps = 40
+    task = matrix.Task("benchmarks/plain.py", f"--model {model}", steps, learning_rates=(3e-3,))
+    monkeypatch.setattr(matrix, "TASKS", {model: task})
+    run_main(monkeypatch, "--optimizers", optimizer, "--seeds", 1, "--results", tmp_path)
+    (run,) = runs.load(tmp_path)
+    (curve,) = runs.load_curves(tmp_path).values()
+    assert [entry["step"] for entry in curve] == list(range(1, steps + 1))
+    assert run["results"]["eval_loss"] < 0.9 * curve[0]["loss"]
+    if optimizer == "alsals":
+        expected = [min(1.0, (steps - k) / 20) for k in range(steps)]
+        assert [entry["lr_multiplier"] for entry in curve] == pytest.approx(expected)
+        assert sum(entry["probes"] for entry in curve) >= 4  # a search every ten steps, at least
+    else:
+        assert [curve[k]["learning_rate"] for k in (1, 4, 21)] == pytest.approx([0.00075, 0.003, 0.003])
+        assert curve[-1]["learning_rate"] == pytest.approx(0.003 / 18)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim adafactor --max_steps 2", "--optim must be adamw_torch or one of alsals, "),
+        ("--optim alsals", "--max_steps must be at least 1, got -1."),
+    ],
+)
+def test_a_plain_loop_refuses_what_it_does_not_do(flags, message, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "plain.py"), *flags.split(), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 @pytest.mark.parametrize("name", matrix.BASELINES)
 def test_a_baseline_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
     task = matrix.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
