@@ -316,8 +316,8 @@ def test_where_the_first_search_finds_a_hidden_gradient_the_path_alone_moves_the
 def test_never_searching_starts_low_and_is_moved_by_the_path_alone():
     searching = Searching("path", search_interval="never", growth_factor=1.2, initial_step_size=10.0)
     exponent = 0.0
-    for k in range(1, 31):
-        exponent -= 0.7 * 40 / (40 + max(k - 6, 0))  # by ever less once an overshoot can be told
+    for k in range(1, 66):
+        exponent -= 0.7 * 40 / (40 + max(k - 41, 0))  # by ever less once an overshoot can be told
         assert searching.skip(path_slope=-2.0) == pytest.approx(1e-2 * 1.2**exponent)
 
 
