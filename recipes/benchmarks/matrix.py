@@ -38,7 +38,7 @@ CIFAR10 = (
 SHAKESPEARE = "--train_file DATA/text/tinyshakespeare.txt --block_size 128"
 SIXTEEN = f"{SHAKESPEARE} --per_device_train_batch_size 16"
 LOW = (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)
-HIGH = (1e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2)
+HIGH = (3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2)
 
 TASKS = {
     "digits": Task("run_image_classification.py", metric="eval_accuracy", higher_is_better=True),
