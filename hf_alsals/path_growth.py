@@ -151,7 +151,8 @@ class PathGrowth:
     the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
 
     Until the first overshoot and the first rejection a search may double the step size where `r` is above
-    `least_path_slope`: it is far too small.
+    `least_path_slope`: it is far too small. In the first 40 steps that of the path slope itself has to be above
+    `least_first_path_slope` too.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.
@@ -187,6 +188,7 @@ class PathGrowth:
     ramp: ClassVar[float] = 6.0
     largest_unsearched: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
     least_path_slope: ClassVar[float] = 0.65
+    least_first_path_slope: ClassVar[float] = 0.9
 
     growth_factor: float = 1.03
 
@@ -296,6 +298,8 @@ class PathGrowth:
         """
         is_over = state.has_backtracked or state.shrinking_steps >= 0
         is_far_too_small = state.settled_path_slope > self.least_path_slope
+        if state.steps <= state.first_steps:  # a few steps say little, and a pretrained model does not come back
+            is_far_too_small &= state.path_slope > self.least_first_path_slope
         return self.largest_share * state.weight_scale if is_far_too_small and not is_over else 0.0
 
     def searched(
