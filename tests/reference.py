@@ -133,7 +133,12 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
             path, _, settled, size, _ = averages[0]
             for _ in range(
                 2
-                if accepted and size and settled / size > 0.65 and not has_backtracked and averages[0][4] is None
+                if accepted
+                and size
+                and settled / size > 0.65
+                and (k >= 40 or averages[0][0] / averages[0][1] > 0.9)
+                and not has_backtracked
+                and averages[0][4] is None
                 else 0
             ):
                 if 2 * eta <= largest and decrease > 0.7 * eta * a:

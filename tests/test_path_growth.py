@@ -105,7 +105,7 @@ def test_it_grows_to_a_share_of_the_first_weights_at_most(before, after):
 @pytest.mark.parametrize(("path_slope", "largest"), [(1.0, 0.02), (-1.0, 0.0)])
 def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(path_slope, largest):
     growth = PathGrowth()
-    state, _ = growth.follow(growth.init(0.001), 0.001, PathSlope(0.0, path_slope, weight_scale=0.05))
+    state, _ = growth.follow(growth.init(0.001), 0.001, PathSlope(1.0, path_slope, weight_scale=0.05))
     assert growth.largest_doubled(state) == pytest.approx(largest)
     search = {"slope": 1.0, "decrease_factor": 0.9, "start": 0.001}
     for step_size in (0.001, 0.002):
@@ -113,6 +113,15 @@ def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(pat
     assert growth.largest_doubled(state) == pytest.approx(largest)
     for rejected in ({"step_size": 0.0009, "accepted": True}, {"step_size": 0.001, "accepted": False}):
         assert growth.largest_doubled(growth.searched(state, **search, **rejected)) == 0.0
+
+
+@pytest.mark.parametrize("steps", [1, 40, 41])
+@pytest.mark.parametrize("mean_slope", [-0.9, 0.89, 0.91])
+def test_in_the_first_steps_a_search_doubles_only_where_the_path_slope_itself_is_clear(steps, mean_slope):
+    growth = PathGrowth()
+    state, _ = growth.follow(growth.init(0.001), 0.001, PathSlope(1.0, 1.0, weight_scale=0.05))
+    state = dataclasses.replace(state, mean_slope=mean_slope, mean_size=1.0, steps=steps)
+    assert (growth.largest_doubled(state) > 0) == (steps > 40 or mean_slope > 0.9)
 
 
 def test_a_search_doubles_nothing_after_an_overshoot():
