@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import re
@@ -126,11 +127,23 @@ def test_a_model_is_trained_in_a_loop_of_plain_pytorch(model, optimizer, monkeyp
         assert curve[-1]["learning_rate"] == pytest.approx(0.003 / 18)
 
 
+@pytest.mark.parametrize("learning_rate", [1.0, 0.5])
+def test_a_plain_loop_takes_the_options_of_the_optimizer(learning_rate, tmp_path):
+    flags = f"--model mlp --optim alsals_paper --max_steps 1 --learning_rate {learning_rate}"
+    flags += " --optim_args initial_step_size=1e-7"
+    command = [sys.executable, str(BENCHMARKS / "plain.py"), *flags.split(), "--output_dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    (log,) = json.loads(tmp_path.joinpath("trainer_state.json").read_text())["log_history"]
+    assert log["learning_rate"] == pytest.approx(1e-7)
+    assert log["lr_multiplier"] == learning_rate
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--optim adafactor --max_steps 2", "--optim must be adamw_torch or one of alsals, "),
         ("--optim alsals", "--max_steps must be at least 1, got -1."),
+        ("--optim alsals --max_steps 2 --optim_args probe_micro_batches=1", "this loop has none: leave it out."),
     ],
 )
 def test_a_plain_loop_refuses_what_it_does_not_do(flags, message, tmp_path):

@@ -2,7 +2,8 @@
 
 The LSTM learns the bytes of the language reference that every Python carries, the MLP scikit-learn's digits. `ALSALS`
 gets the model's parameters and nothing else, as in any loop: all its matrices count as hidden. Gradients are not
-clipped, and there is no weight decay.
+clipped, and there is no weight decay. Of the flags of training it reads those of the optimizer, its schedule and
+--max_steps, --seed and --output_dir.
 
     python recipes/benchmarks/plain.py --model lstm --optim alsals --max_steps 600 --output_dir out
 """
@@ -93,12 +94,14 @@ def main() -> None:
         parser.error(f"--optim must be adamw_torch or one of {', '.join(PRESETS)}, got {args.optim}.")
     if args.max_steps < 1:
         parser.error(f"--max_steps must be at least 1, got {args.max_steps}.")
+    if args.optim in PRESETS and args.probe_micro_batches is not None:
+        parser.error("--optim_args probe_micro_batches needs micro-batches, and this loop has none: leave it out.")
     create_model, load_data, batch_size = MODELS[model_args.model]
     (x, y), (x_validation, y_validation) = load_data()
     torch.manual_seed(args.seed)
     model = create_model()
     if args.optim in PRESETS:
-        optimizer = ALSALS(model.parameters(), **PRESETS[args.optim])
+        optimizer = ALSALS(model.parameters(), **args.alsals_kwargs())
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     scheduler = create_scheduler(args, optimizer)
@@ -112,15 +115,15 @@ def main() -> None:
         loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
-        log = {"step": step, "loss": loss.item(), "lr_multiplier": scheduler.get_last_lr()[0]}
+        lr = scheduler.get_last_lr()[0]
         if isinstance(optimizer, ALSALS):
             optimizer.step(partial(loss_of, rows), loss)
-            log |= {"learning_rate": optimizer.step_size, "probes": optimizer.probes}
+            taken = {"learning_rate": optimizer.step_size, "lr_multiplier": lr, "probes": optimizer.probes}
         else:
             optimizer.step()
-            log |= {"learning_rate": log.pop("lr_multiplier")}
+            taken = {"learning_rate": lr}
         scheduler.step()
-        logs.append(log)
+        logs.append({"step": step, "loss": loss.item()} | taken)
 
     with torch.no_grad():
         logits = model(x_validation)
