@@ -101,7 +101,9 @@ class FailureCallback(TrainerCallback, ExportableState):
         if alsals is None:
             return
         if self.monitor is None:
-            self.monitor = FailureMonitor(alsals, _has_low_precision(args, model))
+            # A run that is resumed has learned before.
+            flat_loss_step = None if self._first_step > 0 else min(max(200, state.max_steps // 2), 1000)
+            self.monitor = FailureMonitor(alsals, _has_low_precision(args, model), flat_loss_step)
         for message in self.monitor.update().values():
             self._warn(state, message)
 

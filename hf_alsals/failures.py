@@ -1,6 +1,7 @@
 """What goes wrong in a search, told from its numbers: each thing with its likely cause and what to change."""
 
 import math
+import statistics
 from collections import deque
 from dataclasses import dataclass
 
@@ -32,14 +33,20 @@ class SearchHistory:
     Args:
         alsals (`ALSALS`): The optimizer that is watched.
         is_low_precision (`bool`, defaults to `False`): Whether the loss is computed in bfloat16 or float16.
+        flat_loss_step (`int`, *optional*): The optimizer step at which the loss has to have fallen.
     """
 
     window = 20  # searches that a failure has to show in
     largest_step_size = 1.0  # Adam's direction is about 1 in every weight
+    first_steps, last_steps = 20, 50  # whose losses are compared
 
-    def __init__(self, alsals: ALSALS, is_low_precision: bool = False) -> None:
+    def __init__(self, alsals: ALSALS, is_low_precision: bool = False, flat_loss_step: int | None = None) -> None:
         self.alsals = alsals
         self.is_low_precision = is_low_precision
+        self.flat_loss_step = flat_loss_step
+        self.steps = 0
+        self.first_losses: list[float] = []
+        self.last_losses: deque[float] = deque(maxlen=self.last_steps)
         self.searches: deque[SearchRecord] = deque(maxlen=self.window)
         self.searches_so_far = 0
         self.steps_at_large_step_size = 0
@@ -51,7 +58,11 @@ class SearchHistory:
     def update(self) -> None:
         """Take up the numbers of the optimizer's last step."""
         alsals, search = self.alsals, self.alsals.search
+        self.steps += 1
         if math.isfinite(alsals.loss):
+            if len(self.first_losses) < self.first_steps:
+                self.first_losses.append(alsals.loss)
+            self.last_losses.append(alsals.loss)
             is_first = math.isnan(self.smoothed_loss)
             self.smoothed_loss = alsals.loss if is_first else 0.98 * self.smoothed_loss + 0.02 * alsals.loss
             self.steps_since_lowest_loss += 1
@@ -194,6 +205,32 @@ class RunAwayStepSize(Failure):
         return f"try lr_scheduler_type=linear, or {path}a smaller growth_factor in optim_args"
 
 
+class FlatLoss(Failure):
+    """The loss is where it began."""
+
+    name = "flat loss"
+    least_share = 0.1  # of the first losses; what falls by more than that has fallen
+
+    def shows(self, history: SearchHistory) -> bool:
+        first, last = history.first_losses, history.last_losses
+        if history.steps != history.flat_loss_step or len(last) < history.last_steps:
+            return False
+        error = math.hypot(*(statistics.stdev(losses) / math.sqrt(len(losses)) for losses in (first, last)))
+        fall = statistics.mean(first) - statistics.mean(last)
+        return fall < 2 * error and fall < self.least_share * abs(statistics.mean(first))
+
+    def sentence(self, history: SearchHistory) -> str:
+        first, last = (statistics.mean(losses) for losses in (history.first_losses, history.last_losses))
+        return (
+            f"the loss of the last {history.last_steps} steps, {last:.4g} on average, is not clearly below that of "
+            f"the first {history.first_steps}, {first:.4g}: nothing has been learned, because the data do not say "
+            "more, or a step was too long for pretrained weights"
+        )
+
+    def remedy(self, history: SearchHistory) -> str:
+        return "if AdamW learns here, try a larger c in optim_args"
+
+
 class UphillDirection(Failure):
     """The direction points uphill."""
 
@@ -272,6 +309,7 @@ FAILURES: tuple[Failure, ...] = (
     LargestStepSize(),
     JumpingStepSize(),
     RunAwayStepSize(),
+    FlatLoss(),
     UphillDirection(),
     NonfiniteProbes(),
     UnseenDecrease(),
@@ -284,10 +322,11 @@ class FailureMonitor:
     Args:
         alsals (`ALSALS`): The optimizer that is watched.
         is_low_precision (`bool`, defaults to `False`): Whether the loss is computed in bfloat16 or float16.
+        flat_loss_step (`int`, *optional*): The optimizer step at which the loss has to have fallen.
     """
 
-    def __init__(self, alsals: ALSALS, is_low_precision: bool = False) -> None:
-        self.history = SearchHistory(alsals, is_low_precision)
+    def __init__(self, alsals: ALSALS, is_low_precision: bool = False, flat_loss_step: int | None = None) -> None:
+        self.history = SearchHistory(alsals, is_low_precision, flat_loss_step)
         self.left = list(FAILURES)
 
     def update(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ import matrix
 import pytest
 import runs
 import tables
+import torch
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +175,23 @@ def test_the_optimizer_of_a_baseline_is_that_of_its_name(tmp_path):
     command = [sys.executable, BENCHMARKS / "baseline.py", "Lamb", script, "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Lamb {'lr': 0.5} ['--seed', '3']"
+
+
+def test_cautious_adamw_is_the_formula_of_its_paper():
+    baseline = pytest.importorskip("baseline", reason="baseline.py needs pytorch_optimizer")
+    torch.manual_seed(0)
+    w, other = (torch.nn.Parameter(torch.linspace(-1, 1, 20)) for _ in range(2))
+    optimizer = baseline.CautiousAdamW([w], lr=0.1)
+    m = v = torch.zeros(20)
+    for k in range(1, 6):
+        g = torch.randn(20)
+        w.grad = g.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        agrees = (m * g > 0).float()
+        u = m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+        other.data -= 0.1 * u * agrees / agrees.mean()
+        torch.testing.assert_close(w, other)
 
 
 def test_fewer_steps_are_a_share_of_them():

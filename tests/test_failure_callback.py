@@ -101,3 +101,22 @@ def test_the_callbacks_are_there_once_and_failures_for_alsals_only(tmp_path):
         assert [names(*callbacks).count(name) for name in ("FailureCallback", "StepSizeCallback")] == [1, 1]
     assert "FailureCallback" not in names(optim="adamw_torch")
     assert names(optim="adamw_torch").count("StepSizeCallback") == 1  # for a comparison
+
+
+def test_a_run_that_learns_nothing_is_told_so_half_way_but_not_one_that_is_resumed(tmp_path):
+    def trainer(max_steps):
+        saving = {"save_strategy": "steps", "save_steps": 10} if max_steps == 10 else {}
+        options = {"learning_rate": 1e-9, "optim_args": "search_interval=10", "logging_steps": 10}
+        args = arguments(tmp_path, max_steps=max_steps, **saving, **options)
+        return AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+
+    def warnings():
+        state = json.loads((tmp_path / "trainer_state.json").read_text())
+        return state["stateful_callbacks"]["FailureCallback"]["attributes"]["warnings"]
+
+    trainer(10).train()
+    trainer(211).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert warnings() == []
+    trainer(201).train()
+    (warning,) = warnings()
+    assert warning["step"] == 200 and "nothing has been learned" in warning["message"]

@@ -131,6 +131,29 @@ def test_growth_on_a_loss_that_does_not_fall_is_named():
     assert step == 200 and "lr_scheduler_type=linear" in message and "growth=path" in message
 
 
+@pytest.mark.parametrize(
+    ("loss", "is_flat"),
+    [
+        (lambda step: 0.7, True),
+        (lambda step: 0.7 - 0.005 * (step > 10), True),  # less than the noise
+        (lambda step: 0.7 - 0.05 * (step > 10) + 0.05 * (step > 100), True),  # learned, and lost again
+        (lambda step: 0.7 - 0.05 * (step > 100), False),  # by little, but clearly
+        (lambda step: 2.0 if step < 3 else 0.7, False),  # as low as it gets at once
+        (lambda step: -2.0 if step > 100 else -1.0, False),
+    ],
+    ids=["flat", "noise", "lost", "clearly", "at once", "negative"],
+)
+def test_a_loss_that_is_where_it_began_is_named(loss, is_flat):
+    noise = 0.05 * torch.randn(400, generator=torch.Generator().manual_seed(0))
+    optimizer = ALSALS([parameter([1.0])])
+    monitor = FailureMonitor(optimizer, flat_loss_step=250)
+    named = {}
+    for step in range(400):
+        optimizer.loss = loss(step) + noise[step].item()
+        named |= dict.fromkeys(monitor.update(), step)
+    assert named == ({"flat loss": 249} if is_flat else {})
+
+
 def test_a_momentum_that_points_uphill_is_named():
     w = parameter([1.0])
     optimizer = ALSALS([w], growth="constant", betas=(0.99, 0.999), beta3=0.5, initial_step_size=1e-3)
@@ -194,11 +217,12 @@ def test_every_failure_has_a_name_of_its_own():
         "largest step size",
         "jumping step size",
         "run-away step size",
+        "flat loss",
         "uphill direction",
         "non-finite probes",
         "unseen decrease",
     ]
-    assert len(FAILURES) == 8
+    assert len(FAILURES) == 9
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Run a recipe with an optimizer that transformers has no `--optim` for: one of pytorch_optimizer, or Muon.
+"""Run a recipe with an optimizer that transformers has no `--optim` for: of pytorch_optimizer, Muon or CautiousAdamW.
 
 Its learning rate is that of the flags. Torch's Muon is for hidden matrices; the rest is AdamW's, whose rate is in
 `--optim_args`:
@@ -54,17 +54,43 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 part.step()
 
 
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW without the moves that the gradient disagrees with, the others scaled up (arXiv 2411.16085, Algorithm 1).
+
+    Args:
+        params (iterable): The parameters.
+        lr (`float`): The learning rate.
+    """
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take a step."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        starts = [p.clone() for p in params]
+        super().step()
+        for p, start in zip(params, starts, strict=True):
+            move = p - start
+            agrees = (move * p.grad < 0).to(p.dtype)
+            p.copy_(start + move * agrees / agrees.mean().clamp(min=1e-3))
+
+
 def main() -> None:
     if sys.argv[1:2] == ["Muon"] and "--optim_args" not in sys.argv:
         sys.exit("baseline.py Muon: --optim_args must be the learning rate of AdamW for what Muon leaves out.")
-    if len(sys.argv) < 3 or not (sys.argv[1] == "Muon" or hasattr(pytorch_optimizer, sys.argv[1])):
+    is_own = sys.argv[1:2] in (["Muon"], ["CautiousAdamW"])
+    if len(sys.argv) < 3 or not (is_own or hasattr(pytorch_optimizer, sys.argv[1])):
         sys.exit(
-            "usage: baseline.py OPTIMIZER RECIPE [FLAGS], with Muon or an optimizer of pytorch_optimizer, as Lamb."
+            "usage: baseline.py OPTIMIZER RECIPE [FLAGS], with Muon, CautiousAdamW or an optimizer of "
+            "pytorch_optimizer, as Lamb."
         )
     _, name, *sys.argv = sys.argv
 
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        return getattr(pytorch_optimizer, name), {"lr": args.learning_rate}
+        found = CautiousAdamW if name == "CautiousAdamW" else getattr(pytorch_optimizer, name)
+        return found, {"lr": args.learning_rate}
 
     def create_optimizer(trainer: Any, model: Any = None) -> torch.optim.Optimizer:
         args = trainer.args

@@ -105,6 +105,7 @@ OPTIMIZERS = {
     "lamb": WARMUP,
     "prodigy": "--learning_rate 1.0 --lr_scheduler_type {schedule}",
     "muon": f"{WARMUP} --optim_args {{rest}}",
+    "c-adamw": "--learning_rate {learning_rate} --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
     "alsals_muon": "--optim alsals_muon",
     "alsals_paper": "--optim alsals_paper",
     "salsa": "--optim salsa",
@@ -128,8 +129,8 @@ OPTIMIZERS = {
 VARIANTS = [name for name in OPTIMIZERS if name.startswith(("alsals, ", "adamw, "))]
 VARIANTS.remove("adamw, library default")
 
-# Those that transformers does not have, by their names in the package pytorch_optimizer.
-BASELINES = {"lamb": "Lamb", "prodigy": "Prodigy", "muon": "Muon"}
+# Those that transformers does not have, by what baseline.py calls them.
+BASELINES = {"lamb": "Lamb", "prodigy": "Prodigy", "muon": "Muon", "c-adamw": "CautiousAdamW"}
 
 # Flags that results do not depend on.
 OUTPUT_FLAGS = ("output_dir", "save_strategy", "report_to")
