@@ -91,6 +91,11 @@ class SearchHistory:
         """Whether searches bound the step size."""
         return self.alsals.line_search.is_searched(self.alsals.search)
 
+    @property
+    def shorter_steps(self) -> str:
+        """The option that makes steps shorter."""
+        return "larger c" if self.is_searched else "smaller growth_factor"
+
     def count(self, name: str) -> int:
         """Return how many of the last searches showed something, by the name of a field of `SearchRecord`."""
         return sum(getattr(one, name) for one in self.searches)
@@ -162,7 +167,7 @@ class LargestStepSize(Failure):
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return f"try a {'larger c' if history.is_searched else 'smaller growth_factor'} in optim_args"
+        return f"try a {history.shorter_steps} in optim_args"
 
 
 class JumpingStepSize(Failure):
@@ -228,7 +233,7 @@ class FlatLoss(Failure):
         )
 
     def remedy(self, history: SearchHistory) -> str:
-        return "if AdamW learns here, try a larger c in optim_args"
+        return f"if AdamW learns here, try a {history.shorter_steps} in optim_args"
 
 
 class UphillDirection(Failure):

@@ -383,6 +383,12 @@ def test_what_a_failure_says(name, field, pattern, low_precision, sentence, reme
             {"growth": "constant"},
             "try lr_scheduler_type=linear, or growth=path or a smaller growth_factor in optim_args",
         ),
+        ("flat loss", {}, "if AdamW learns here, try a larger c in optim_args"),
+        (
+            "flat loss",
+            {"search_interval": "never"},
+            "if AdamW learns here, try a smaller growth_factor in optim_args",
+        ),
     ],
 )
 def test_a_remedy_is_not_what_is_done_already(name, options, remedy):
