@@ -69,8 +69,8 @@ class Direction:
     `step` and `first_move`, which do both at once, in fewer passes over memory. A subclass names its state tensors in
     `buffer_names` and says how they take in gradients (`accumulate`) and what the direction is (`tensors` over
     `divisors`). State tensors have the parameter's shape and at least float32: in bfloat16 or float16 moments stall or
-    underflow. The direction must follow from them alone, for a search writes over the gradients. Of a DTensor the
-    local shard is moved.
+    underflow. The direction must follow from them alone, for a search writes over the gradients, unless `keeps_grads`
+    says otherwise. Of a DTensor the local shard is moved.
 
     Args:
         param_groups (`list[dict]`): The optimizer's parameter groups. `lr` and `weight_decay` are read here, the rest
@@ -84,6 +84,7 @@ class Direction:
         has_momentum_apart, takes_shards (`bool`): Whether `slope(momentum=False)` is there, and whether parameters may
             be DTensors.
         takes_betas (`bool`): Whether it reads the `betas` and `eps` of parameter groups.
+        keeps_grads (`bool`): Whether its moves read the gradients, so that a search does not write over them.
         params (`list[Tensor]`): The parameters with a gradient.
         multipliers (`dict[Tensor, float]`): Multiplier of the step size, by parameter; 1.0 for those that are not in
             it. To be set before `update`. It scales a parameter's part of the direction, and so of the slope.
@@ -98,6 +99,7 @@ class Direction:
     has_momentum_apart: ClassVar[bool] = True
     takes_shards: ClassVar[bool] = True
     takes_betas: ClassVar[bool] = True
+    keeps_grads: ClassVar[bool] = False
 
     def __init__(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         self.param_groups = param_groups
@@ -364,11 +366,13 @@ class Direction:
             chunk (`Chunk`): The chunk. With buffers of before `accumulate` `d` is the last step's direction.
             momentum (`bool`, defaults to `True`): As `slope` takes it.
         """
-        tensors = self.tensors(chunk, momentum)
+        return self.products_of(chunk, self.tensors(chunk, momentum), self.divisors(chunk, momentum))
+
+    @staticmethod
+    def products_of(chunk: Chunk, tensors: list[Tensor], divisors: list[float]) -> list[Tensor]:
+        """Return the products of the gradients of a chunk and tensors over their divisors."""
         products = []
-        for grad, tensor, divisor, multiplier in zip(
-            chunk.grads_like(tensors), tensors, self.divisors(chunk, momentum), chunk.multipliers
-        ):
+        for grad, tensor, divisor, multiplier in zip(chunk.grads_like(tensors), tensors, divisors, chunk.multipliers):
             product = torch.dot(grad.flatten(), tensor.flatten()) / divisor
             products.append(product if multiplier == 1.0 else product * multiplier)
         return products
@@ -397,7 +401,7 @@ class Direction:
         shares = iter(overlapping([grad for chunk in self._all_chunks() for grad in chunk.grads]))
         for chunk in self._all_chunks():
             chunk.is_grad_free = [
-                not next(shares) and not keep_grads and grad.dtype == p.dtype
+                not next(shares) and not keep_grads and not self.keeps_grads and grad.dtype == p.dtype
                 for grad, p in zip(chunk.grads, chunk.params)
             ]
         for p in () if keep_grads else self.params:

@@ -17,6 +17,7 @@ class Growth(Protocol):
     Attributes:
         name (`str`): Its name, as in `growth=path`.
         description (`str`): How the step size was found, as a clause for a model card.
+        direction (`str`): The name of the direction that it takes unless another is given.
         needs_path_slope (`bool`): Whether `follow` reads the path slope.
         least_lr_fraction (`float`): Fraction of the peak learning rate below which the schedule alone sets the step:
             the step size stays, and nothing is searched.
@@ -25,6 +26,7 @@ class Growth(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     description: ClassVar[str]
+    direction: ClassVar[str]
     needs_path_slope: ClassVar[bool]
     least_lr_fraction: ClassVar[float]
 
@@ -100,6 +102,7 @@ class ConstantGrowth:
 
     name: ClassVar[str] = "constant"
     description: ClassVar[str] = "the step size was found by a line search"
+    direction: ClassVar[str] = "adam"
     needs_path_slope: ClassVar[bool] = False
     least_lr_fraction: ClassVar[float] = 0.0
 

@@ -85,8 +85,8 @@ class Start(NamedTuple):
         lr_fraction (`float`): Learning rate as a fraction of its peak so far.
         path_slopes (`dict[Tensor, PathSlope]`): Those of the unclipped gradients, of each parameter; empty where
             nothing follows them.
-        weight_scale (`float`): Root mean square of the first weights of the hidden matrices, infinity where it is not
-            known, or has been read before.
+        weight_scale (`float`): Scale of the first weights of the hidden matrices, infinity where it is not known, or
+            has been read before.
     """
 
     is_finite: bool
@@ -119,8 +119,9 @@ class ALSALS(torch.optim.Optimizer):
             `growth_factor` after each search (see [`ConstantGrowth`]). A [`LineSearch`] of your own is taken too.
         slope (`str`, defaults to `"exact"`): How the slope is measured, one of `"exact"`, `"preconditioned"` and
             `"finite_difference"`; see [`Line`].
-        direction (`str` or `type[Direction]`, defaults to `"adam"`): The direction: `"adam"`, `"muon"`, `"lamb"`,
-            `"adafactor"`, `"lion"`, or a class of your own.
+        direction (`str` or `type[Direction]`, *optional*): The direction: `"nadam"`, `"adam"`, `"muon"`, `"lamb"`,
+            `"adafactor"`, `"lion"`, or a class of your own. With `growth="path"` it is `"nadam"` by default, with
+            `"constant"` `"adam"`.
         options: Options of the line search: `c`, `beta3`, `growth_factor`, `decrease_factor`, `initial_step_size` and
             `search_interval`. Their meanings and defaults are those of `LINE_SEARCHES[growth]` and its parts.
 
@@ -179,12 +180,13 @@ class ALSALS(torch.optim.Optimizer):
         *,
         growth: str | LineSearch = "path",
         slope: Literal["exact", "preconditioned", "finite_difference"] = "exact",
-        direction: str | type[Direction] = "adam",
+        direction: str | type[Direction] | None = None,
         **options: Any,
     ) -> None:
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
-        direction = direction_of(direction)
+        line_search = line_search_of(growth, **options)
+        direction = direction_of(direction or line_search.growth.direction)
         direction.check_installed()
         if slope == "preconditioned" and not direction.has_momentum_apart:
             raise ValueError(
@@ -198,7 +200,7 @@ class ALSALS(torch.optim.Optimizer):
             )
         self.slope_method = slope
         self.direction = direction
-        self.line_search = line_search_of(growth, **options)
+        self.line_search = line_search
         self.search = self.line_search.init()
         self.tensors: dict[Tensor, TensorState] = {}
         self.pending = Pending()

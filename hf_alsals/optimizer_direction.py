@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from .adam import AdamDirection
+from .adam import AdamDirection, NesterovAdamDirection
 from .direction import Chunk, Direction, state_dtype
 from .shards import grad_of
 
@@ -255,7 +255,14 @@ def _from_pytorch_optimizer(name: str, direction: str) -> Any:
 
 DIRECTIONS: dict[str, type[Direction]] = {
     direction.name: direction
-    for direction in (AdamDirection, MuonDirection, LambDirection, AdafactorDirection, LionDirection)
+    for direction in (
+        NesterovAdamDirection,
+        AdamDirection,
+        MuonDirection,
+        LambDirection,
+        AdafactorDirection,
+        LionDirection,
+    )
 }
 
 

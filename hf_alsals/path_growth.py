@@ -14,7 +14,7 @@ class PathSlope(NamedTuple):
         slope (`float`): `p_k = <g_k, w_0 - w_k>`, 0.0 at initialization.
         settled (`float`): The same up to where training was some three steps ago, along the last step: `p_k - 3 eta
             <g_k, d_{k-1}>`. Steps to and fro across sharp directions do not count in it.
-        weight_scale (`float`, defaults to infinity): Root mean square of the first weights, where it is known.
+        weight_scale (`float`, defaults to infinity): Scale of the first weights, where it is known.
     """
 
     slope: float
@@ -97,7 +97,7 @@ class PathGrowthState(PathAverages):
             so far; minus infinity before there is any.
         has_gone_back (`bool`): Whether a path slope has been negative.
         has_backtracked (`bool`): Whether a search has rejected a step size.
-        weight_scale (`float`): Root mean square of the first weights; infinity where it is not known.
+        weight_scale (`float`): Scale of the first weights; infinity where it is not known.
     """
 
     log_size: float = -math.inf
@@ -143,7 +143,7 @@ class PathGrowth:
     shrunk at `n` steps `gain` is `settling / (settling + n)` of what it was (Robbins-Monro; that the steps back are
     what counts is Kesten's, 1958). From then on, too, every tensor has a multiplier, which follows its own path slopes
     by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
-    `largest_share` of the root mean square of the first weights of the hidden matrices.
+    `largest_share` of the scale of the first weights: the geometric mean of the hidden matrices' root mean squares.
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all of `p` is small.
@@ -175,12 +175,13 @@ class PathGrowth:
     description: ClassVar[str] = (
         "the step sizes followed the slope along the path of training, bounded by a line search"
     )
+    direction: ClassVar[str] = "nadam"
     needs_path_slope: ClassVar[bool] = True
     least_lr_fraction: ClassVar[float] = 0.5
     # At 0 the steps are too short where gradients are mostly noise.
     overshoot: ClassVar[float] = PathAverages.overshoot
     settling: ClassVar[float] = 40.0
-    largest_share: ClassVar[float] = 0.4
+    largest_share: ClassVar[float] = 0.45
     least_lead: ClassVar[float] = 0.3  # r of one tensor is noisier than that of all, and so nearer to 0
     largest_multiplier: ClassVar[float] = 32.0
     largest_hidden_multiplier: ClassVar[float] = 4.0

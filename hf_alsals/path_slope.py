@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from .direction import Chunk, Direction
-from .shards import cut, grad_of, local_shard, piece_size, sum_over_shards, sums_by_param
+from .shards import cut, grad_of, local_shard, piece_size, sums_by_param
 
 # Up to as many elements are read whole; of more, SAMPLE_SIZE or a share of 1 in MAX_DISTANCE, whichever is more, stand
 # for all. Short blocks, for of an embedding the rows of frequent tokens count, and every row has to be met.
@@ -145,10 +145,13 @@ def _buffers(direction: Direction, p: Tensor) -> list[Tensor]:
 
 
 def weight_scale(params: list[Tensor], state: MutableMapping[Tensor, dict[str, Any]]) -> Tensor:
-    """Return the root mean square of the first weights of parameters, of which there may be a sample, a scalar.
+    """Return the geometric mean of the root mean squares of parameters' first weights, a scalar.
+
+    Each counts by its number of elements. One large embedding among small matrices hardly lifts it. Parameters of
+    zeros, as LoRA's B, do not count; it is 0.0 if all are.
 
     Args:
-        params (`list[Tensor]`): The parameters.
+        params (`list[Tensor]`): The parameters, of whose first weights there may be a sample.
         state (`MutableMapping[Tensor, dict]`): The optimizer's state of each, with `initial`.
     """
     squares = []
@@ -156,7 +159,13 @@ def weight_scale(params: list[Tensor], state: MutableMapping[Tensor, dict[str, A
         initial = state[p]["initial"]
         share = p.numel() / max(1, initial.numel())
         squares.append(share * local_shard(initial).float().square().sum())
-    return (sum_over_shards(squares, params) / max(1, sum(p.numel() for p in params))).sqrt()
+    sums = sums_by_param(squares, params)
+    device = sums[params[0]].device
+    sizes = torch.tensor([float(max(1, p.numel())) for p in params], device=device)
+    means = torch.stack([sums[p].to(device) for p in params]) / sizes
+    counted = sizes * (means > 0)
+    log = (counted * means.clamp(min=1e-38).log()).sum() / (2 * counted.sum().clamp(min=1))
+    return log.exp() * (counted.sum() > 0)
 
 
 def _number_of_blocks(p: Tensor, total: int) -> int:

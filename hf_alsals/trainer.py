@@ -19,7 +19,7 @@ from .loss_replay import LossReplay
 from .optimizer import ALSALS, unwrap_alsals
 from .optimizer_direction import MuonDirection, direction_of, set_hidden_matrices
 from .plain_state import PlainState, plain_values
-from .presets import PRESETS
+from .presets import PRESETS, line_search_of
 from .publishing import PublishingMixin
 from .schedule import ScheduleMixin
 from .search_log import SearchLogMixin
@@ -119,7 +119,8 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
                 direction = self.optimizer.direction
             else:
                 given = kwargs if optimizer_cls is ALSALS else self.args.alsals_kwargs()
-                direction = direction_of(given.get("direction", "adam"))
+                growth = line_search_of(given.get("growth", "path")).growth
+                direction = direction_of(given.get("direction", growth.direction))
             refuse_unsupported(self, direction)
             watching.append(FailureCallback)
         for callback in watching:

@@ -60,8 +60,9 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
     counts = [math.prod(shape) for shape in shapes]
     hidden = [len(shape) > 1 for shape in shapes]
     first = [part for part, is_hidden in zip(w_0.split(counts), hidden) if is_hidden]
-    largest = 0.4 * torch.cat(first).square().mean().sqrt().item()
-    m, v, d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
+    scales = [part.square().mean().sqrt().expand(len(part)) for part in first]
+    largest = 0.45 * torch.cat(scales).log().mean().exp().item()
+    m, v, last_d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
     eta, taken, s, b, has_backtracked, sizes = 0.0, 0.0, 0.0, 0.0, False, []
     logs = [0.0] * len(shapes)
     # For all hidden matrices together, and for each tensor: averages of the path slopes and of the settled ones, with
@@ -84,9 +85,11 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
         (g,) = torch.autograd.grad(loss, w_grad)
         loss = loss.item()
         path = [part.sum().item() for part in (g * (w_0 - w.bfloat16().double())).split(counts)]
-        last = [part.sum().item() for part in (g * d).split(counts)]
+        last = [part.sum().item() for part in (g * last_d).split(counts)]
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        d = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        denominator = (v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
+        d = (0.9 * m + 0.1 * g) / (1 - 0.9 ** (k + 2)) / denominator
+        last_d = m / (1 - 0.9 ** (k + 1)) / denominator
 
         is_following = k > 0 and lr >= 0.5 * max(lrs[: k + 1])
         is_searching = is_following and k >= len(start_sizes)
@@ -114,7 +117,10 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
                     lead = max(lead - 0.3 * gain(average[4]), 0.0) if lead > 0 else lead
                     logs[i] = min(max(logs[i] + lead, 0.0), math.log(4.0 if hidden[i] else 32.0))
         multipliers = [2 ** (round(4 * log / math.log(2)) / 4) for log in logs]
-        d = torch.cat([multiplier * part for multiplier, part in zip(multipliers, d.split(counts))])
+        d, last_d = (
+            torch.cat([multiplier * part for multiplier, part in zip(multipliers, one.split(counts))])
+            for one in (d, last_d)
+        )
 
         accepted = True
         if k < len(start_sizes):

@@ -107,6 +107,16 @@ def through_torch_save(value):
 def adam_direction_of(gradients, beta1=0.9, beta2=0.999, eps=1e-8):
     """Return Adam's direction after these gradients: its bias-corrected moments are weighted averages of them."""
     gradients = torch.stack(list(gradients))
-    ages = torch.arange(len(gradients) - 1, -1, -1, dtype=gradients.dtype)
-    first, second = ((beta**ages) / (beta**ages).sum() for beta in (beta1, beta2))
-    return torch.tensordot(first, gradients, 1) / (torch.tensordot(second, gradients**2, 1).sqrt() + eps)
+    return _average(gradients, beta1) / (_average(gradients**2, beta2).sqrt() + eps)
+
+
+def nesterov_direction_of(gradients, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Return the same with Nesterov momentum, which is that of the next step if its gradient is the last one again."""
+    gradients = torch.stack(list(gradients))
+    again = torch.cat([gradients, gradients[-1:]])
+    return _average(again, beta1) / (_average(gradients**2, beta2).sqrt() + eps)
+
+
+def _average(values, beta):
+    weights = beta ** torch.arange(len(values) - 1, -1, -1, dtype=values.dtype)
+    return torch.tensordot(weights / weights.sum(), values, 1)

@@ -2,19 +2,31 @@ import math
 
 import pytest
 import torch
-from small_problems import adam_direction_of, assert_identical, make_net, net_loss, parameter_group, single
+from small_problems import (
+    adam_direction_of,
+    assert_identical,
+    make_net,
+    nesterov_direction_of,
+    net_loss,
+    parameter_group,
+    single,
+)
 from torch import nn
 
-from hf_alsals.adam import AdamDirection
+from hf_alsals.adam import AdamDirection, NesterovAdamDirection
+from hf_alsals.path_slope import path_slopes
+
+FORMULAS = [(AdamDirection, adam_direction_of), (NesterovAdamDirection, nesterov_direction_of)]
 
 
-def update(groups, state):
-    direction = AdamDirection(groups, state)
+def update(groups, state, kind=AdamDirection):
+    direction = kind(groups, state)
     direction.update()
     return direction
 
 
-def test_it_is_the_formula_with_the_betas_and_eps_of_each_group():
+@pytest.mark.parametrize(("kind", "formula"), FORMULAS)
+def test_it_is_the_formula_with_the_betas_and_eps_of_each_group(kind, formula):
     settings = [{"betas": (0.5, 0.9), "eps": 0.1}, {"betas": (0.9, 0.99), "eps": 1e-8}, {"betas": (0.0, 0.0)}]
     params = [single([1.0, 2.0]), single([[3.0], [-1.0]]), single([5.0])]
     groups = [parameter_group([p], **group) for p, group in zip(params, settings)]
@@ -25,12 +37,12 @@ def test_it_is_the_formula_with_the_betas_and_eps_of_each_group():
             p.grad = torch.sin(k + p.detach() ** 2)
             history.append(p.grad.clone())
         before = [p.detach().clone() for p in params]
-        direction = update(groups, state)
+        direction = update(groups, state, kind)
         slopes, preconditioned = direction.slope(), direction.slope(momentum=False)
         with torch.no_grad():
             direction.move(0.01)
         for i, (p, history, group) in enumerate(zip(params, histories, groups)):
-            expected = adam_direction_of(history, *group["betas"], group["eps"])
+            expected = formula(history, *group["betas"], group["eps"])
             torch.testing.assert_close(p.detach(), before[i] - 0.01 * expected, rtol=1e-12, atol=1e-12)
             assert slopes[i].item() == pytest.approx((history[-1] * expected).sum().item(), rel=1e-10)
             without = adam_direction_of(history, 0.0, group["betas"][1], group["eps"])
@@ -152,6 +164,65 @@ def test_pieces_of_large_parameters_and_what_cannot_be_cut_move_as_in_adamw():
         moved = [start * (1 - 0.001) - p.detach().double() for start, p in zip(before, theirs)]
         expected = sum((gradient * move).sum().item() / 0.1 for gradient, move in zip(gradients, moved))
         assert slope == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3, 0.0])
+@pytest.mark.parametrize("probes", [0, 1, 2])
+def test_nesterov_steps_are_those_of_the_formula_however_they_are_made(beta1, probes):
+    """Fused from beta1 = 0.5 on; one parameter has a multiplier, one no gradient at first, one another layout."""
+    torch.manual_seed(0)
+    starts = [torch.randn(1100, 500), torch.randn(3), torch.randn(500, 700).t(), torch.randn(0), torch.randn(64, 64)]
+    ours = [nn.Parameter(start.clone()) for start in starts]
+    expected = [start.double() for start in starts]
+    state = {p: {} for p in ours}
+    adamw = torch.optim.AdamW([nn.Parameter(start.clone()) for start in starts], betas=(beta1, 0.999))
+    multipliers = [1.0, 1.0, 3.0, 1.0, 1.0]
+    lr, decay = 0.01, 0.1
+    histories = [[] for _ in ours]
+    for k in range(4):
+        for i, (p, history) in enumerate(zip(ours, histories)):
+            history.append(torch.randn(p.shape))
+            p.grad = None if i == 1 and k < 2 else history[-1].clone()
+        for p, other in zip(ours, adamw.param_groups[0]["params"]):
+            other.grad = None if p.grad is None else p.grad.clone()
+        adamw.step()
+        group = parameter_group(ours, lr=lr, weight_decay=decay, betas=(beta1, 0.999))
+        direction = NesterovAdamDirection([group], state)
+        direction.multipliers = {ours[2]: 3.0}
+        with torch.no_grad():
+            if probes:
+                (slope,) = direction.first_move(0.5)
+            for probe in range(1, probes):
+                direction.move(0.5 / 2**probe)
+            direction.step(1.0)
+        parts = []
+        for i, history in enumerate(histories):
+            if i == 1 and k < 2:
+                continue
+            since = history[2:] if i == 1 else history
+            d = multipliers[i] * nesterov_direction_of([g.double() for g in since], beta1)
+            parts.append((d * history[-1].double()).sum().item())
+            expected[i] = expected[i] * (1 - lr * decay) - lr * d
+        if probes:
+            assert slope.item() == pytest.approx(sum(parts), rel=1e-5)
+        for p, value in zip(ours, expected):
+            torch.testing.assert_close(p.detach().double(), value, rtol=1e-5, atol=1e-6)
+    for p, other in zip(ours, adamw.param_groups[0]["params"]):
+        for name in NesterovAdamDirection.buffer_names:  # Adam's moments, whatever the kernel was told
+            torch.testing.assert_close(state[p][name], adamw.state[other][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_direction_of_nesterov_momentum_is_adams():
+    p = single([1.0, -2.0, 3.0])
+    state, history = {p: {}}, []
+    for k in range(4):
+        p.grad = torch.cos(k + p.detach())
+        history.append(p.grad.clone())
+        update([parameter_group([p])], state, NesterovAdamDirection)
+    p.grad = torch.tensor([0.3, -0.2, 0.5], dtype=p.dtype)
+    path_slopes(NesterovAdamDirection([parameter_group([p])], state))  # notes the first weights
+    slopes = path_slopes(NesterovAdamDirection([parameter_group([p])], state))
+    assert slopes.last[0].item() == pytest.approx((p.grad * adam_direction_of(history)).sum().item(), rel=1e-10)
 
 
 def test_each_parameter_has_its_own_bias_correction():

@@ -93,6 +93,7 @@ class RampGrowth:
 
     name = "ramp"
     description = "the step size grew by a ramp"
+    direction = "adam"
     needs_path_slope = False
     least_lr_fraction = 0.0
 

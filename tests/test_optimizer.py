@@ -141,7 +141,7 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
 
 def overshooting(net, **settings):
     """Return an optimizer that has overshot, and whose tensors have step sizes of their own."""
-    optimizer = ALSALS(net.parameters(), growth_factor=1.05, search_interval=1, **settings)
+    optimizer = ALSALS(net.parameters(), growth_factor=1.1, search_interval=1, **settings)
     train(net, optimizer, range(90))
     assert optimizer.search.growth.shrinking_steps > 0
     assert len({size for sizes in optimizer.step_sizes().values() for size in sizes}) > 1

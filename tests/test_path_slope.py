@@ -122,15 +122,20 @@ def test_the_slope_along_the_last_direction_is_that_of_each_parameter(shapes, dt
             last.append(multiplier * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8))
 
 
-def test_the_scale_of_the_first_weights_is_their_root_mean_square():
+def test_the_scale_of_the_first_weights_is_the_geometric_mean_of_their_root_mean_squares():
     params = [nn.Parameter(0.02 * randn(3000, 2000, seed=0).float()), nn.Parameter(randn(64, 64, seed=1).float())]
+    params += [nn.Parameter(torch.zeros(3000, 8)), nn.Parameter(5 * randn(1000, 3000, seed=2).float())]
     state = {p: {} for p in params}
     for p in params:
         p.grad = torch.ones_like(p)
     path_slope(params, state)
-    expected = (sum(p.detach().square().sum() for p in params) / sum(p.numel() for p in params)).sqrt()
+    of_elements = [
+        p.detach().square().mean().sqrt().expand(p.numel()) for p in params if p.any()
+    ]  # zeros do not count
+    expected = torch.cat(of_elements).double().log().mean().exp()
     assert state[params[0]]["initial"].shape != params[0].shape
     assert weight_scale(params, state).item() == pytest.approx(expected.item(), rel=0.01)
+    assert weight_scale(params[2:3], state).item() == 0.0
 
 
 # ---- of a sample ----
