@@ -161,7 +161,7 @@ def weight_scale(params: list[Tensor], state: MutableMapping[Tensor, dict[str, A
         squares.append(share * local_shard(initial).float().square().sum())
     sums = sums_by_param(squares, params)
     device = sums[params[0]].device
-    sizes = torch.tensor([float(max(1, p.numel())) for p in params], device=device)
+    sizes = torch.tensor([max(1, p.numel()) for p in params], dtype=torch.float32, device=device)
     means = torch.stack([sums[p].to(device) for p in params]) / sizes
     counted = sizes * (means > 0)
     log = (counted * means.clamp(min=1e-38).log()).sum() / (2 * counted.sum().clamp(min=1))
