@@ -188,7 +188,7 @@ class PathGrowth:
     least_path_size: ClassVar[float] = 0.1
     ramp: ClassVar[float] = 6.0
     largest_unsearched: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
-    least_path_slope: ClassVar[float] = 0.65
+    least_path_slope: ClassVar[float] = 0.75
     least_first_path_slope: ClassVar[float] = 0.9
 
     growth_factor: float = 1.03

@@ -141,7 +141,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
                 2
                 if accepted
                 and size
-                and settled / size > 0.65
+                and settled / size > 0.75
                 and (k >= 40 or averages[0][0] / averages[0][1] > 0.9)
                 and not has_backtracked
                 and averages[0][4] is None

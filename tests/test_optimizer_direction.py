@@ -297,7 +297,9 @@ def test_the_line_profile_draws_along_any_direction():
 def test_what_muon_cannot_do_is_said(monkeypatch):
     with pytest.raises(ValueError, match='slope must be "exact" or "finite_difference" along Muon\'s direction'):
         ALSALS([single([1.0])], direction="muon", slope="preconditioned")
-    with pytest.raises(ValueError, match="direction must be one of nadam, adam, muon, lamb, adafactor, lion, got 'sgd'"):
+    with pytest.raises(
+        ValueError, match="direction must be one of nadam, adam, muon, lamb, adafactor, lion, got 'sgd'"
+    ):
         ALSALS([single([1.0])], direction="sgd")
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ImportError, match=r"direction=muon needs torch 2\.9 or newer, got "):
