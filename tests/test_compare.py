@@ -15,6 +15,7 @@ import runs
 import tables
 import torch
 from matplotlib.axes import Axes
+from small_problems import nesterov_direction_of
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
@@ -192,6 +193,20 @@ def test_cautious_adamw_is_the_formula_of_its_paper():
         u = m / (1 - 0.9**k) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
         other.data -= 0.1 * u * agrees / agrees.mean()
         torch.testing.assert_close(w, other)
+
+
+def test_nesterov_adamw_is_along_the_direction_of_alsals():
+    baseline = pytest.importorskip("baseline", reason="baseline.py needs pytorch_optimizer")
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 20))
+    expected, gradients = w.detach().clone(), []
+    optimizer = baseline.NesterovAdamW([w], lr=0.1)
+    for _ in range(5):
+        gradients.append(torch.randn(20))
+        w.grad = gradients[-1].clone()
+        optimizer.step()
+        expected -= 0.1 * nesterov_direction_of(gradients)
+        torch.testing.assert_close(w.detach(), expected)
 
 
 def test_fewer_steps_are_a_share_of_them():

@@ -1,4 +1,4 @@
-"""Run a recipe with an optimizer that transformers has no `--optim` for: of pytorch_optimizer, Muon or CautiousAdamW.
+"""Run a recipe with an optimizer that transformers has no `--optim` for: of pytorch_optimizer, or one of OWN.
 
 Its learning rate is that of the flags. Torch's Muon is for hidden matrices; the rest is AdamW's, whose rate is in
 `--optim_args`:
@@ -77,20 +77,47 @@ class CautiousAdamW(torch.optim.AdamW):
             p.copy_(start + move * agrees / agrees.mean().clamp(min=1e-3))
 
 
+class NesterovAdamW(torch.optim.AdamW):
+    """AdamW with Nesterov momentum: along the direction of `alsals` at a learning rate.
+
+    Args:
+        params (iterable): The parameters.
+        lr (`float`): The learning rate.
+    """
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take a step."""
+        params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        starts = [p.clone() for p, _ in params]
+        super().step()
+        for (p, group), start in zip(params, starts, strict=True):
+            beta1, beta2 = group["betas"]
+            k = self.state[p]["step"].item()
+            momentum = self.state[p]["exp_avg"].lerp(p.grad, 1 - beta1) / (1 - beta1 ** (k + 1))
+            p.copy_(
+                start - group["lr"] * momentum / ((self.state[p]["exp_avg_sq"] / (1 - beta2**k)).sqrt() + group["eps"])
+            )
+
+
+OWN = {"Muon": MuonAndAdamW, "CautiousAdamW": CautiousAdamW, "NesterovAdamW": NesterovAdamW}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["Muon"] and "--optim_args" not in sys.argv:
         sys.exit("baseline.py Muon: --optim_args must be the learning rate of AdamW for what Muon leaves out.")
-    is_own = sys.argv[1:2] in (["Muon"], ["CautiousAdamW"])
-    if len(sys.argv) < 3 or not (is_own or hasattr(pytorch_optimizer, sys.argv[1])):
+    if len(sys.argv) < 3 or not (sys.argv[1] in OWN or hasattr(pytorch_optimizer, sys.argv[1])):
         sys.exit(
-            "usage: baseline.py OPTIMIZER RECIPE [FLAGS], with Muon, CautiousAdamW or an optimizer of "
+            f"usage: baseline.py OPTIMIZER RECIPE [FLAGS], with {', '.join(OWN)} or an optimizer of "
             "pytorch_optimizer, as Lamb."
         )
     _, name, *sys.argv = sys.argv
 
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        found = CautiousAdamW if name == "CautiousAdamW" else getattr(pytorch_optimizer, name)
-        return found, {"lr": args.learning_rate}
+        return OWN.get(name) or getattr(pytorch_optimizer, name), {"lr": args.learning_rate}
 
     def create_optimizer(trainer: Any, model: Any = None) -> torch.optim.Optimizer:
         args = trainer.args

@@ -106,6 +106,7 @@ OPTIMIZERS = {
     "prodigy": "--learning_rate 1.0 --lr_scheduler_type {schedule}",
     "muon": f"{WARMUP} --optim_args {{rest}}",
     "c-adamw": "--learning_rate {learning_rate} --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
+    "nesterov-adamw": "--learning_rate {learning_rate} --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
     "alsals_muon": "--optim alsals_muon",
     "alsals_paper": "--optim alsals_paper",
     "salsa": "--optim salsa",
@@ -130,7 +131,13 @@ VARIANTS = [name for name in OPTIMIZERS if name.startswith(("alsals, ", "adamw, 
 VARIANTS.remove("adamw, library default")
 
 # Those that transformers does not have, by what baseline.py calls them.
-BASELINES = {"lamb": "Lamb", "prodigy": "Prodigy", "muon": "Muon", "c-adamw": "CautiousAdamW"}
+BASELINES = {
+    "lamb": "Lamb",
+    "prodigy": "Prodigy",
+    "muon": "Muon",
+    "c-adamw": "CautiousAdamW",
+    "nesterov-adamw": "NesterovAdamW",
+}
 
 # Flags that results do not depend on.
 OUTPUT_FLAGS = ("output_dir", "save_strategy", "report_to")
@@ -163,7 +170,7 @@ def options_of(command: str) -> dict[str, Any]:
     _, *launcher, recipe = launch.split()
     options: dict[str, Any] = {"recipe": os.path.basename(recipe)}
     if launcher:
-        options["optimizer"] = f"pytorch_optimizer.{launcher[-1]}"
+        options["optimizer"] = launcher[-1]
     for flag in flags:
         name, _, value = flag.partition(" ")
         if name not in OUTPUT_FLAGS:

@@ -87,7 +87,17 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
 
 SWEEP = ("adamw", "adamw, warmup_stable_decay")
 # The lines of the regret table and of the performance profile, beside the sweep and one rate for all tasks.
-PROFILE = ("alsals", "c-adamw", "alsals_muon", "muon", "schedule-free", "prodigy", "alsals_paper", "salsa")
+PROFILE = (
+    "alsals",
+    "c-adamw",
+    "nesterov-adamw",
+    "alsals_muon",
+    "muon",
+    "schedule-free",
+    "prodigy",
+    "alsals_paper",
+    "salsa",
+)
 
 
 def swept_row(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
