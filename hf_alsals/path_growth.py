@@ -13,7 +13,7 @@ class PathSlope(NamedTuple):
     Args:
         slope (`float`): `p_k = <g_k, w_0 - w_k>`, 0.0 at initialization.
         settled (`float`): The same up to where training was some three steps ago, along the last step: `p_k - 3 eta
-            <g_k, d_{k-1}>`. Steps to and fro across sharp directions do not count in it.
+            <g_k, d_{k-1}>`, with Adam's own direction. Steps to and fro across sharp directions do not count in it.
         weight_scale (`float`, defaults to infinity): Scale of the first weights, where it is known.
     """
 
