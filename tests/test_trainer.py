@@ -108,7 +108,8 @@ def test_the_logged_slope_is_that_of_the_unclipped_gradients_along_the_direction
         clipped = grad * min(1.0, max_grad_norm / (grad.norm() + 1e-6))
         exp_avg = 0.9 * exp_avg + 0.1 * clipped
         exp_avg_sq = 0.999 * exp_avg_sq + 0.001 * clipped**2
-        direction = exp_avg / (1 - 0.9**step) / ((exp_avg_sq / (1 - 0.999**step)).sqrt() + 1e-8)
+        momentum = (0.9 * exp_avg + 0.1 * clipped) / (1 - 0.9 ** (step + 1))  # Nesterov's
+        direction = momentum / ((exp_avg_sq / (1 - 0.999**step)).sqrt() + 1e-8)
         assert entry["slope"] == pytest.approx((grad @ direction).item(), rel=1e-9)
 
 
