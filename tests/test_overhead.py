@@ -59,7 +59,7 @@ def test_the_optimizer_alone_is_measured_too(tmp_path):
     assert done.stdout.endswith(overhead.bare_step.table(report["rows"]) + "\n")
 
 
-@pytest.mark.parametrize("name", ["overhead-optimizer", "overhead-optimizer-124m"])
+@pytest.mark.parametrize("name", ["overhead-optimizer", "overhead-optimizer-124m", "overhead-optimizer-nesterov"])
 def test_the_page_holds_the_tables_of_the_optimizer_alone(name):
     report = json.loads((BENCHMARKS / f"{name}.json").read_text())
     page = (BENCHMARKS.parent / "studies" / "overhead.md").read_text()
