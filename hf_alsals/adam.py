@@ -49,7 +49,7 @@ class AdamDirection(Direction):
             moments = [state[name] for name in self.buffer_names if name in state]
             tensors = [local_shard(t) for t in (p, grad_of(p), *moments)]
             multiplier = self.multipliers.get(p, 1.0)
-            if multiplier != 0 and self.is_fusible(group) and _is_fusible(tensors):
+            if multiplier != 0 and self.fuses(group) and _is_fusible(tensors):
                 step = self.advance(p)
                 tensors[2:] = [local_shard(state[name]) for name in self.buffer_names]
                 scale = multiplier * self.scale(group, step)
@@ -65,7 +65,7 @@ class AdamDirection(Direction):
     def update_save_and_move(self, chunk: Chunk, step_size: float, momentum: bool) -> list[Tensor]:
         """Do so by the fused kernel where that is possible, which moves zeros first: the slope is read from them."""
         columns = (chunk.params, chunk.grads, *chunk.buffers.values())
-        is_fusible = self.is_fusible(chunk.group) and all(_is_fusible(list(tensors)) for tensors in zip(*columns))
+        is_fusible = self.fuses(chunk.group) and all(_is_fusible(list(tensors)) for tensors in zip(*columns))
         is_one_device = len({p.device for p in chunk.params}) == 1
         # The moves have to be numbers that float32 has.
         if not (momentum and is_fusible and is_one_device and step_size > 1e-30):
@@ -105,7 +105,7 @@ class AdamDirection(Direction):
         """Add the direction in one operation, rounded as AdamW rounds it."""
         torch._foreach_addcdiv_(chunk.params, self.momenta(chunk), self._denominators(chunk), factors)
 
-    def is_fusible(self, group: dict[str, Any]) -> bool:
+    def fuses(self, group: dict[str, Any]) -> bool:
         """Return whether the fused kernel takes the `betas` of a group."""
         return True
 
@@ -141,7 +141,8 @@ class AdamDirection(Direction):
 class NesterovAdamDirection(AdamDirection):
     """Adam's direction with Nesterov momentum, as in NAdam (Dozat, 2016).
 
-        n_k = beta1 m_k + (1 - beta1) g_k          d_k = (n_k / (1 - beta1 ** (k + 1))) / (sqrt(v_k / ...) + eps)
+        n_k = beta1 m_k + (1 - beta1) g_k
+        d_k = (n_k / (1 - beta1 ** (k + 1))) / (sqrt(v_k / (1 - beta2 ** k)) + eps)
 
     `n_k` is what `m_{k+1}` will be if the next gradient is that of this step. It is not kept: `m_k` and `v_k` are
     Adam's. A search keeps the gradients, for `n_k` is made of them.
@@ -164,7 +165,7 @@ class NesterovAdamDirection(AdamDirection):
         beta1, _ = chunk.group["betas"]
         return [1 - beta1 ** (step + 1) if momentum else 1.0 for step in chunk.steps]
 
-    def is_fusible(self, group: dict[str, Any]) -> bool:
+    def fuses(self, group: dict[str, Any]) -> bool:
         """Return whether `m_k` can be made of `n_k` again, which divides by `beta1`."""
         return group["betas"][0] >= 0.5
 

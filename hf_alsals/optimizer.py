@@ -186,7 +186,7 @@ class ALSALS(torch.optim.Optimizer):
         if slope not in SLOPES:
             raise ValueError(f"slope must be one of {', '.join(SLOPES)}, got {slope!r}.")
         line_search = line_search_of(growth, **options)
-        direction = direction_of(direction or line_search.growth.direction)
+        direction = direction_of(direction, line_search.growth.direction)
         direction.check_installed()
         if slope == "preconditioned" and not direction.has_momentum_apart:
             raise ValueError(

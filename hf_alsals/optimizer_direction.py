@@ -266,16 +266,18 @@ DIRECTIONS: dict[str, type[Direction]] = {
 }
 
 
-def direction_of(direction: str | type[Direction]) -> type[Direction]:
+def direction_of(direction: str | type[Direction] | None, default: str) -> type[Direction]:
     """Return a direction by its name.
 
     Args:
-        direction (`str` or `type[Direction]`): A name in `DIRECTIONS`, or a class of your own.
+        direction (`str` or `type[Direction]`, *optional*): A name in `DIRECTIONS`, or a class of your own.
+        default (`str`): The name of the direction where none is given.
 
     Raises:
         TypeError: If it is neither.
         ValueError: If the name is unknown.
     """
+    direction = default if direction is None else direction
     if isinstance(direction, str):
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}.")

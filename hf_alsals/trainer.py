@@ -120,7 +120,7 @@ class AlsalsTrainerMixin(PublishingMixin, CheckpointMixin, ScheduleMixin, Search
             else:
                 given = kwargs if optimizer_cls is ALSALS else self.args.alsals_kwargs()
                 growth = line_search_of(given.get("growth", "path")).growth
-                direction = direction_of(given.get("direction", growth.direction))
+                direction = direction_of(given.get("direction"), growth.direction)
             refuse_unsupported(self, direction)
             watching.append(FailureCallback)
         for callback in watching:

@@ -27,6 +27,7 @@ from hf_alsals.adam import AdamDirection
         ("search_interval", 1.5, TypeError),
         ("slope", "precise", ValueError),
         ("growth", "linear", ValueError),
+        ("direction", "", ValueError),
     ],
 )
 def test_wrong_argument_is_named_with_its_value(name, value, error):

@@ -54,8 +54,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 part.step()
 
 
-class CautiousAdamW(torch.optim.AdamW):
-    """AdamW without the moves that the gradient disagrees with, the others scaled up (arXiv 2411.16085, Algorithm 1).
+class ChangedAdamW(torch.optim.AdamW):
+    """AdamW without weight decay whose steps end elsewhere, as `end` says.
 
     Args:
         params (iterable): The parameters.
@@ -68,39 +68,38 @@ class CautiousAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Take a step."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        starts = [p.clone() for p in params]
+        starts = {p: p.clone() for group in self.param_groups for p in group["params"] if p.grad is not None}
         super().step()
-        for p, start in zip(params, starts, strict=True):
-            move = p - start
-            agrees = (move * p.grad < 0).to(p.dtype)
-            p.copy_(start + move * agrees / agrees.mean().clamp(min=1e-3))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in starts:
+                    p.copy_(self.end(p, starts[p], group))
+
+    def end(self, p: torch.Tensor, start: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return where a parameter ends that AdamW has moved from its start."""
+        raise NotImplementedError
 
 
-class NesterovAdamW(torch.optim.AdamW):
-    """AdamW with Nesterov momentum: along the direction of `alsals` at a learning rate.
+class CautiousAdamW(ChangedAdamW):
+    """AdamW without the moves that the gradient disagrees with, the others scaled up (arXiv 2411.16085)."""
 
-    Args:
-        params (iterable): The parameters.
-        lr (`float`): The learning rate.
-    """
+    def end(self, p: torch.Tensor, start: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return it, with the mask."""
+        move = p - start
+        agrees = (move * p.grad < 0).to(p.dtype)
+        return start + move * agrees / agrees.mean().clamp(min=1e-3)
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr, weight_decay=0.0)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Take a step."""
-        params = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        starts = [p.clone() for p, _ in params]
-        super().step()
-        for (p, group), start in zip(params, starts, strict=True):
-            beta1, beta2 = group["betas"]
-            k = self.state[p]["step"].item()
-            momentum = self.state[p]["exp_avg"].lerp(p.grad, 1 - beta1) / (1 - beta1 ** (k + 1))
-            p.copy_(
-                start - group["lr"] * momentum / ((self.state[p]["exp_avg_sq"] / (1 - beta2**k)).sqrt() + group["eps"])
-            )
+class NesterovAdamW(ChangedAdamW):
+    """AdamW with Nesterov momentum: along the direction of `alsals` at a learning rate."""
+
+    def end(self, p: torch.Tensor, start: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Return it, with Nesterov momentum."""
+        beta1, beta2 = group["betas"]
+        state = self.state[p]
+        k = state["step"].item()
+        momentum = state["exp_avg"].lerp(p.grad, 1 - beta1) / (1 - beta1 ** (k + 1))
+        return start - group["lr"] * momentum / ((state["exp_avg_sq"] / (1 - beta2**k)).sqrt() + group["eps"])
 
 
 OWN = {"Muon": MuonAndAdamW, "CautiousAdamW": CautiousAdamW, "NesterovAdamW": NesterovAdamW}
