@@ -144,7 +144,7 @@ class ParabolaCondition(SmoothedCondition):
     and the step size is accepted if `eta s_k - eta ** 2 b_k >= c * eta * s_k`. In [`ArmijoCondition`] a reduction
     counts as it was at its own step size, so that one bad batch at a large step size judges all small ones. Where
     `s_k` is not positive, uphill, `1 / c` takes the place of `c`. What is not finite is left out of the averages.
-    Arguments are those of [`SmoothedCondition`].
+    Arguments are those of [`SmoothedCondition`], with defaults of 0.1 for `c` and 0.5 for `beta3`.
 
     Example:
         >>> condition = ParabolaCondition(c=0.5, beta3=0.0)
@@ -153,6 +153,7 @@ class ParabolaCondition(SmoothedCondition):
         (11.0, False)
     """
 
+    c: float = 0.1
     beta3: float = 0.5
 
     def init(self) -> ParabolaState:

@@ -27,8 +27,8 @@ class InitialSearch:
     """Search up and down for the largest step size whose reduction is at least `c` of the predicted one.
 
     It doubles from the first probe while the condition holds, or halves until it does, then closes in to a tenth of a
-    factor of two. Training starts at `share` of what it finds, for what a first batch allows is mostly noise. Where
-    both of the next two batches allow less, the larger of what they allow counts.
+    factor of two. A `c` below `least_c` counts as that. Training starts at `share` of what it finds, for what a first
+    batch allows is mostly noise. Where both of the next two batches allow less, the larger of what they allow counts.
 
     Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
     Where none is though the slope is large enough to show, the loss hides its gradient, and training starts at
@@ -36,6 +36,7 @@ class InitialSearch:
     """
 
     share: ClassVar[float] = 0.1
+    least_c: ClassVar[float] = 0.3  # a first batch allows more than the next ones do
     least_first_probe: ClassVar[float] = 0.1  # the reduction of a smaller step may be rounding
     max_probes: ClassVar[int] = 30
     unprobed_share: ClassVar[float] = 1e-3
@@ -69,7 +70,7 @@ class InitialSearch:
             slope (`float`): Decrease of the loss per unit of step size at step size 0. Unless it is positive and
                 finite, nothing is probed.
             probe (`Callable[[float], float]`): Returns the loss at a step size.
-            c (`float`): Sufficient-decrease constant.
+            c (`float`): Sufficient-decrease constant; `least_c` where it is smaller.
             first_probe (`float`): The step size to begin at.
             limit (`float`, defaults to 10.0): The largest step size to look at beyond that.
         """
@@ -79,6 +80,7 @@ class InitialSearch:
             reductions[step_size] = reduction = loss - probe(step_size)
             return math.isfinite(reduction) and reduction >= c * step_size * slope
 
+        c = max(c, self.least_c)
         if not 0 < slope < math.inf:
             return InitialSearchResult(0.0, reductions)
         limit = max(limit, first_probe)

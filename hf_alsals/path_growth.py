@@ -49,6 +49,7 @@ class PathAverages:
     decay: ClassVar[float] = 0.9
     first_steps: ClassVar[int] = 40  # the steps of a start turn back, which looks like an overshoot
     overshoot: ClassVar[float] = 0.3
+    clear: ClassVar[float] = 0.75  # a q above it says that nearly all of the way is still right
 
     @property
     def path_slope(self) -> float:
@@ -62,10 +63,13 @@ class PathAverages:
 
     @property
     def r(self) -> float:
-        """What the step size follows: `settled_path_slope`, from the overshoot on its mean with `path_slope`."""
-        if self.shrinking_steps < 0:
-            return self.settled_path_slope
-        return (self.path_slope + self.settled_path_slope) / 2
+        """What the step size follows, in [-1, 1]: see [`PathGrowth`]."""
+        p, q = self.path_slope, self.settled_path_slope
+        if self.shrinking_steps >= 0:
+            return (p + q) / 2
+        if self.steps <= self.first_steps:
+            return q
+        return max(q + min(p, 0.0) * min(1.0, (1 - q) / (1 - self.clear)), -1.0)
 
     def averaged(self, path_slope: PathSlope) -> Self:
         """Return the averages with one more path slope; one that is not finite is left out."""
@@ -135,24 +139,29 @@ class PathGrowth:
     `p_k` is the rate at which a new batch's loss falls along the displacement from initialization. It is positive
     while the steps have been too short and negative once they have gone too far. At each step
 
-        log eta <- log eta + gain * damping * (r + overshoot),    r = mean(p) / mean(|p|) in [-1, 1]
+        log eta <- log eta + gain * damping * (r + overshoot)
 
-    of all hidden matrices together. `p` is the settled path slope (see [`PathSlope`]) and `gain` is
-    `log(growth_factor)` until there is an overshoot: `r` of the path slopes and that of the settled ones are both
-    below `-overshoot`, after the first 40 steps. From then on `r` is the mean of the two, and once the step size has
-    shrunk at `n` steps `gain` is `settling / (settling + n)` of what it was (Robbins-Monro; that the steps back are
-    what counts is Kesten's, 1958). From then on, too, every tensor has a multiplier, which follows its own path slopes
-    by the same rule, less `least_lead` where it grows, and is never below 1. The step size does not grow beyond
-    `largest_share` of the scale of the first weights: the geometric mean of the hidden matrices' root mean squares.
+    for all hidden matrices together. With `p` for the mean path slope over the mean of its absolute values, and `q`
+    for the same of the settled path slopes (see [`PathSlope`]), both in [-1, 1], `r` is
+
+        q                                                         in the first 40 steps
+        max(q + min(p, 0) * min(1, (1 - q) / (1 - clear)), -1)    until the overshoot
+        (p + q) / 2                                               from the overshoot on
+
+    The overshoot is where both are below `-overshoot`, after the first 40 steps. `gain` is `log(growth_factor)` at
+    first, and `settling / (settling + n)` of that once the step size has shrunk at `n` steps since the overshoot
+    (Robbins-Monro; that the steps back are what counts is Kesten's, 1958). From then on, too, every tensor has a
+    multiplier, which follows its own path slopes by the same rule, less `least_lead` where it grows, and is never
+    below 1. The step size does not grow beyond `largest_share` of the scale of the first weights: the geometric mean
+    of the hidden matrices' root mean squares.
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
-    data the loss falls a little along the path however large the step size is, but then all of `p` is small.
+    data the loss falls a little along the path however large the step size is, but then all path slopes are small.
     `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
     the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
 
-    Until the first overshoot and the first rejection a search may double the step size where `r` is above
-    `least_path_slope`: it is far too small. In the first 40 steps that of the path slope itself has to be above
-    `least_first_path_slope` too.
+    Until the overshoot and the first rejection a search may double the step size where `q` is above
+    `least_path_slope`: it is far too small. In the first 40 steps `p` has to be above `least_first_path_slope` too.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.

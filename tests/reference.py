@@ -44,7 +44,7 @@ def alsals_reference(
     return step_sizes, losses, w
 
 
-def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
+def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
     """Minimize `f(w, k)` from the flat float64 tensor `w`, with step sizes that follow the slope along the path.
 
     `shapes` are those of the tensors that `w` is made of, of which matrices are hidden ones, `lrs` the learning rates
@@ -73,8 +73,9 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.3, beta3=0.5, growth_fact
         return math.log(growth_factor) * (1 if since is None else 40 / (40 + since))
 
     def log_growth(path, size, settled, settled_size, since):
-        r, raw = (mean / size if size else 0.0 for mean, size in ((settled, settled_size), (path, size)))
-        x = (r if since is None else (r + raw) / 2) + 0.3
+        p, q = (mean / size if size else 0.0 for mean, size in ((path, size), (settled, settled_size)))
+        before = q if len(sizes) < 40 else max(q + min(p, 0) * min(1, 4 * (1 - q)), -1)
+        x = (before if since is None else (p + q) / 2) + 0.3
         x *= min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else 1
         return x * gain(since)
 

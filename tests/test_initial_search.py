@@ -16,7 +16,7 @@ def find(probe, slope=1.0, c=0.3, initial_step_size=0.1, loss=0.0):
 def test_finds_the_largest_sufficient_step_size_from_anywhere(loss, initial_step_size, a, b, c):
     probe, probed = recorder(lambda step_size: loss + quadratic(a, b)(step_size))
     found = find(probe, a, c, initial_step_size, loss)
-    largest = 2 * (1 - c) * a / b  # where the reduction is c times the prediction
+    largest = 2 * (1 - max(c, 0.3)) * a / b  # where the reduction is c times the prediction
     assert largest / 2**0.125 <= found.step_size <= largest * (1 + 1e-9)
     assert len(probed) <= 30
     assert list(found.reductions) == probed

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_alsals.path_growth import PathGrowth, PathSlope, TensorState
+from hf_alsals.path_growth import PathAverages, PathGrowth, PathSlope, TensorState
 
 
 def follow(growth, path_slopes, step_size=0.1):
@@ -86,11 +86,30 @@ def test_an_overshoot_is_one_of_both_averages():
         assert state.shrinking_steps == n
 
 
-def test_the_settled_path_slope_is_what_it_follows():
+def test_the_settled_path_slope_is_what_it_follows_at_first():
     growth = PathGrowth()
     state, step_size = growth.follow(growth.init(0.1), 0.1, PathSlope(-1.0, 2.0))
     assert step_size == pytest.approx(0.1 * 1.03**1.3)
     assert (state.path_slope, state.settled_path_slope) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "r"),
+    [
+        (0.9, 0.2, 0.2),
+        (-0.9, 1.0, 1.0),
+        (-0.9, 0.95, 0.77),
+        (-0.9, 0.75, -0.15),
+        (-0.2, 0.5, 0.3),
+        (-0.2, -0.1, -0.3),
+        (-0.9, -0.2, -1.0),
+    ],
+)
+def test_a_negative_path_slope_counts_before_the_overshoot_unless_the_settled_one_is_clear(p, q, r):
+    averages = PathAverages(mean_slope=2 * p, mean_size=2.0, settled_slope=3 * q, settled_size=3.0, steps=41)
+    assert averages.r == pytest.approx(r)
+    assert dataclasses.replace(averages, steps=40).r == pytest.approx(q)
+    assert dataclasses.replace(averages, shrinking_steps=0).r == pytest.approx((p + q) / 2)
 
 
 @pytest.mark.parametrize(
