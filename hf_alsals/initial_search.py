@@ -27,8 +27,8 @@ class InitialSearch:
     """Search up and down for the largest step size whose reduction is at least `c` of the predicted one.
 
     It doubles from the first probe while the condition holds, or halves until it does, then closes in to a tenth of a
-    factor of two. A `c` below `least_c` counts as that. Training starts at `share` of what it finds, for what a first
-    batch allows is mostly noise. Where both of the next two batches allow less, the larger of what they allow counts.
+    factor of two. A `c` below `least_c` counts as that. Training starts at `share` of the least that it finds on the
+    first three batches, for what a batch allows is mostly noise.
 
     Where no step size is sufficient, the largest of those too small to show in the loss is taken: it does no harm.
     Where none is though the slope is large enough to show, the loss hides its gradient, and training starts at
@@ -36,7 +36,7 @@ class InitialSearch:
     """
 
     share: ClassVar[float] = 0.1
-    least_c: ClassVar[float] = 0.3  # a first batch allows more than the next ones do
+    least_c: ClassVar[float] = 0.3  # with 0.1 a pretrained MiniLM starts too high
     least_first_probe: ClassVar[float] = 0.1  # the reduction of a smaller step may be rounding
     max_probes: ClassVar[int] = 30
     unprobed_share: ClassVar[float] = 1e-3

@@ -37,8 +37,8 @@ class SearchState:
         step_size (`float`): The step size found so far; the initial one before the first search.
         is_initialized (`bool`): Whether an [`InitialSearch`] has found a step size, or there is none to do it.
         initial_searches (`int`): How many batches it has searched on.
-        first_found, later_found (`float`): The largest sufficient step size of the first of them, and the larger one
-            of the others; 0.0 before.
+        least_found (`float`): The least of the largest sufficient step sizes of these batches; 0.0 before.
+        is_confirmed (`bool`): Whether another batch than the first has allowed one.
         growth, acceptance (`Any`), interval (`IntervalState`): The states of the parts.
         taken (`float`): The step size to take at this optimizer step: `step_size`, or 0.0 where a search found none
             that lowers the loss.
@@ -71,8 +71,8 @@ class SearchState:
     is_blind: bool = False
     is_annealing: bool = False
     initial_searches: int = 0
-    first_found: float = 0.0
-    later_found: float = 0.0
+    least_found: float = 0.0
+    is_confirmed: bool = False
 
     @property
     def reduction_ratio(self) -> float:
@@ -395,7 +395,7 @@ class LineSearch:
             first_probe = initial_search.first_probe(self.initial_step_size)
             found = initial_search.search(line.loss, slope, line.probe, c, first_probe)
         else:  # one probe where this batch allows as much
-            found = initial_search.search(line.loss, slope, line.probe, c, state.first_found, state.first_found)
+            found = initial_search.search(line.loss, slope, line.probe, c, state.least_found, state.least_found)
         probes = len(found.reductions)
         smallest_probe = min(found.reductions, default=0.0)
         last = found.step_size or smallest_probe
@@ -416,10 +416,8 @@ class LineSearch:
                 return state
             step_size = initial_search.unprobed_share * self.initial_step_size
             return replace(state, is_blind=True, is_initialized=True, step_size=step_size, taken=step_size)
-        first_found = state.first_found or found.step_size
-        later_found = 0.0 if is_first else max(state.later_found, found.step_size)
-        is_over = state.initial_searches == 2 or later_found == first_found
-        step_size = initial_search.share * (later_found if is_over else found.step_size)
+        is_over = state.initial_searches == 2
+        step_size = initial_search.share * found.step_size
         if is_first:
             interval = self.interval.searched(state.interval, step_size, again=False)
         else:
@@ -427,16 +425,16 @@ class LineSearch:
         state = replace(
             state,
             initial_searches=state.initial_searches + 1,
-            first_found=first_found,
-            later_found=later_found,
+            least_found=found.step_size or state.least_found,
+            is_confirmed=state.is_confirmed or (found.step_size > 0 and not is_first),
             step_size=step_size or state.step_size,
             taken=step_size,
             interval=interval,
         )
         if not is_over:
             return state
-        if step_size == 0:  # the first batch was the outlier: all over again
-            return replace(state, initial_searches=0, first_found=0.0)
+        if not state.is_confirmed:  # the first batch was the outlier: all over again
+            return replace(state, initial_searches=0, least_found=0.0)
         return replace(
             state,
             is_initialized=True,
