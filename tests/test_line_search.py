@@ -277,8 +277,9 @@ def test_a_batch_that_allows_nothing_counts_among_the_first_three():
     searching = Searching("path")
     assert searching.start(something, nothing, nothing)[1:] == [0.0, 0.0]
     assert not searching.state.is_initialized  # all over again
-    assert searching.start(something, something) == [first] * 2
+    assert searching.start(something, something, nothing) == [first, first, 0.0]
     assert searching.state.is_initialized
+    assert searching.state.step_size == first
 
 
 @pytest.mark.parametrize("slope", [0.0, -1.0, math.nan, math.inf])
@@ -328,7 +329,7 @@ def test_never_searching_is_refused_where_only_searches_move_the_step_size():
 def test_a_search_has_a_hundred_probes_at_most(growth):
     searching = Searching(growth, decrease_factor=0.99999)
     if growth == "path":
-        searching.start(*[(1.0, lambda step_size: -step_size)] * 2)
+        searching.start(*[(1.0, lambda step_size: -step_size)] * 3)
         searching.state = dataclasses.replace(searching.state, interval=searching.line_search.interval.init())
     probe, probed = recorder(lambda step_size: 1.0)
     searching.search(0.0, 1.0, probe)
@@ -345,7 +346,7 @@ def test_the_first_search_counts_its_nonfinite_probes():
 
 def test_after_the_first_searches_a_constant_growth_starts_above_what_they_took():
     searching = Searching(dataclasses.replace(LINE_SEARCHES["constant"], initial_search=InitialSearch()))
-    *_, step_size = searching.start(*[(1.0, quadratic(1.0, 1.0))] * 2)
+    *_, step_size = searching.start(*[(1.0, quadratic(1.0, 1.0))] * 3)
     assert searching.next_probe == pytest.approx(1.01 * step_size)
 
 

@@ -141,6 +141,8 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
 
 def overshooting(net, **settings):
     """Return an optimizer that has overshot, and whose tensors have step sizes of their own."""
+    with torch.no_grad():
+        net[0].weight.mul_(0.3)  # which is to go farther than the others
     optimizer = ALSALS(net.parameters(), growth_factor=1.1, search_interval=1, **settings)
     train(net, optimizer, range(90))
     assert optimizer.search.growth.shrinking_steps > 0
