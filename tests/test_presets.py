@@ -47,7 +47,7 @@ def test_the_default_is_the_preset_alsals_which_follows_the_path():
         EverySteps,
         InitialSearch,
     ]
-    defaults = {"c": 0.3, "beta3": 0.5, "growth_factor": 1.03, "decrease_factor": 0.9, "initial_step_size": 0.1}
+    defaults = {"c": 0.1, "beta3": 0.5, "growth_factor": 1.03, "decrease_factor": 0.9, "initial_step_size": 0.1}
     assert search.options == defaults | {"search_interval": 10}
 
 
