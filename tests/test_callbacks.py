@@ -92,7 +92,7 @@ def test_the_state_says_what_a_report_needs_and_neither_paths_nor_tokens(tmp_pat
     assert attributes["settings"]["optim"] == "alsals"
     assert attributes["settings"]["max_steps"] == 4 and attributes["settings"]["output_dir"] == tmp_path.name
     assert "weight_decay" not in attributes["settings"]
-    assert (attributes["c"], attributes["growth_metrics"]) == (0.3, ["path_slope"])
+    assert (attributes["c"], attributes["growth_metrics"]) == (0.1, ["path_slope"])
     assert attributes["search_seconds"] == trainer.alsals.search_seconds > 0
     assert (tmp_path / "step_size.png").exists()
 
