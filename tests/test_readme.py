@@ -64,7 +64,7 @@ def test_the_option_tables_have_every_option_and_its_defaults():
     for name in path:
         assert rows[name][:2] == [str(path[name]), str(constant[name])]
     shown = option_rows(README)
-    assert {name: shown[name][0] for name in ("c", "search_interval")} == {"c": "0.3", "search_interval": "10"}
+    assert {name: shown[name][0] for name in ("c", "search_interval")} == {"c": "0.1", "search_interval": "10"}
 
 
 @pytest.mark.parametrize("page", PAGES)
