@@ -74,13 +74,13 @@ class InitialSearch:
             first_probe (`float`): The step size to begin at.
             limit (`float`, defaults to 10.0): The largest step size to look at beyond that.
         """
+        c = max(c, self.least_c)
         reductions: dict[float, float] = {}
 
         def is_sufficient(step_size: float) -> bool:
             reductions[step_size] = reduction = loss - probe(step_size)
             return math.isfinite(reduction) and reduction >= c * step_size * slope
 
-        c = max(c, self.least_c)
         if not 0 < slope < math.inf:
             return InitialSearchResult(0.0, reductions)
         limit = max(limit, first_probe)
