@@ -147,8 +147,8 @@ class NesterovAdamDirection(AdamDirection):
     `n_k` is what `m_{k+1}` will be if the next gradient is that of this step. It is not kept: `m_k` and `v_k` are
     Adam's. A search keeps the gradients, for `n_k` is made of them.
 
-    With `beta1` of at least 0.5 the fused kernel takes steps as in [`AdamDirection`]: told `m_k` for `m_{k-1}`, its
-    momentum is `n_k`, of which `m_k` is made again.
+    With `beta1` of at least 0.5 the fused kernel takes steps as in [`AdamDirection`]: with `beta1 ** 2` for `beta1`
+    its momentum is `n_k`, of which `m_k` is made.
     """
 
     name = "nadam"
@@ -166,22 +166,21 @@ class NesterovAdamDirection(AdamDirection):
         return [1 - beta1 ** (step + 1) if momentum else 1.0 for step in chunk.steps]
 
     def fuses(self, group: dict[str, Any]) -> bool:
-        """Return whether `m_k` can be made of `n_k` again, which divides by `beta1`."""
+        """Return whether `m_k` can be made of `n_k`, which divides by `beta1`."""
         return group["betas"][0] >= 0.5
 
     def scale(self, group: dict[str, Any], step: float) -> float:
         """Return the bias correction of `n_k` over that of the kernel."""
         beta1, _ = group["betas"]
-        return (1 - beta1**step) / (1 - beta1 ** (step + 1))
+        return (1 - beta1 ** (2 * step)) / (1 - beta1 ** (step + 1))
 
     def fused(
         self, group: dict[str, Any], columns: list[list[Tensor]], steps: list[float], lr: float, weight_decay: float
     ) -> None:
         """Do so with `n_k` as the kernel's momentum."""
         _, grads, exp_avgs, _ = columns
-        beta1, _ = group["betas"]
-        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-        super().fused(group, columns, steps, lr, weight_decay)
+        beta1, beta2 = group["betas"]
+        super().fused({**group, "betas": (beta1**2, beta2)}, columns, steps, lr, weight_decay)
         torch._foreach_lerp_(exp_avgs, grads, 1 - 1 / beta1)
 
 
