@@ -157,6 +157,8 @@ def test_a_plain_loop_refuses_what_it_does_not_do(flags, message, tmp_path):
 
 @pytest.mark.parametrize("name", matrix.BASELINES)
 def test_a_baseline_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
+    if name == "mechanic":
+        pytest.importorskip("mechanic_pytorch", reason="the baseline is a package of its own, which nothing else uses")
     task = matrix.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
     monkeypatch.setattr(matrix, "TASKS", {"digits": task})
     run_main(monkeypatch, "--optimizers", name, "--seeds", 1, "--results", tmp_path)
@@ -343,12 +345,29 @@ def test_regret_is_that_over_the_best_of_most_seeds_of_a_sweep_by_todays_version
     # Of seeds 2 and 3, for the rate was chosen on seed 1.
     assert by_task["bert-mlm"][1] == "3.950 ± 0.050 (0.001, stable, then linear, best of 4)"
     # At 0.001 with a cosine AdamW is 5 and 10 % above its best, at 0.0003 26.6 and 0.
-    assert (by_task["bert-mlm"][2], by_task["t5"][2]) == ("+5.1 %", "+10.0 %")
-    assert by_task["bert-mlm"][3] == "+1.3 %"  # 4.0, on seed 2, over 3.95
-    assert by_task["t5"][3] == f"-5.0 % v{matrix.METHOD_VERSION - 1}"
+    assert (by_task["bert-mlm"][3], by_task["t5"][3]) == ("+5.1 %", "+10.0 %")
+    assert by_task["bert-mlm"][4] == "+1.3 %"  # 4.0, on seed 2, over 3.95
+    assert by_task["t5"][4] == f"-5.0 % v{matrix.METHOD_VERSION - 1}"
     assert "gpt2-wide" not in by_task
-    assert by_task["**mean in loss**"][2:4] == ["+7.5 % (+5.1 to +10.0), 2 tasks", "+1.3 %, 1 task"]
-    assert by_task["**worst in loss**"][2:4] == ["+10.0 %, 2 tasks", "+1.3 %, 1 task"]
+    assert by_task["**mean in loss**"][3:5] == ["+7.5 % (+5.1 to +10.0), 2 tasks", "+1.3 %, 1 task"]
+    assert by_task["**worst in loss**"][3:5] == ["+10.0 %, 2 tasks", "+1.3 %, 1 task"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    # Half way from 1 to 1.25 in the logarithm; on a length itself; beyond both.
+    [(3.85, f"{1.25**0.5:.2f}"), (3.95, "1.00"), (4.3, "under 0.8"), (3.7, "over 1.25")],
+)
+def test_the_steps_that_adamw_needs_are_between_its_lengths(loss, expected):
+    lengths = [
+        *(run_of("adamw, 0.8 times the steps", 1e-3, 4.2, seed) for seed in (2, 3)),
+        *(run_of("adamw, 1.25 times the steps", 1e-3, 3.75, seed) for seed in (2, 3)),
+        *(run_of("adamw, 1.25 times the steps", 1e-2, 1.0, seed) for seed in (2, 3)),  # of another rate
+    ]
+    rows = tables.fresh_rows(tables.summarize(swept_runs() + lengths))
+    best = tables.swept_row(rows, "bert-mlm")
+    assert tables.steps_needed(rows, best, loss) == expected
+    assert tables.steps_needed(tables.fresh_rows(tables.summarize(swept_runs())), best, loss) == ""
 
 
 def test_a_task_that_is_judged_by_accuracy_is_compared_in_points():

