@@ -15,6 +15,7 @@ import runs
 import tables
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from small_problems import nesterov_direction_of
 
 ROOT = Path(__file__).parent.parent
@@ -386,7 +387,7 @@ def test_a_profile_is_that_of_the_tasks_that_adamw_and_todays_alsals_were_run_on
         drawn[style["label"]] = (x, y)
 
     monkeypatch.setattr(Axes, "step", step)
-    monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
+    monkeypatch.setattr(Figure, "legend", lambda figure, **style: None)
     tables.draw_profile(tables.summarize(swept_runs()), tmp_path / "profile.png")
     assert drawn["AdamW, swept (1 task)"] == ([1, 1.0, 2], [0, 1.0, 1.0])  # on T5 today's alsals was not run
     assert drawn["alsals (1 task)"] == ([1, pytest.approx(4.0 / 3.95), 2], [0, 1.0, 1.0])

@@ -82,7 +82,7 @@ def gpt2_of_the_reference(folder: str) -> dict[str, str]:
     command = matrix.command_of("gpt2-reference", "adamw, warmup_stable_decay", 2e-3, 1)
     with_code = [os.path.join(ROOT, part) if part.startswith("recipes/") else part for part in command.split()[1:-1]]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *with_code, folder], env=env, capture_output=True, check=True)
+    subprocess.run([sys.executable, *with_code, folder], env=env, stdout=subprocess.DEVNULL, check=True)
     return {"GPT2_REFERENCE": folder}
 
 

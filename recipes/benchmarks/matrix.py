@@ -18,7 +18,9 @@ class Task:
     metric: str = "eval_loss"
     higher_is_better: bool = False
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
-    adamw: float = 1e-3  # its best learning rate, with the schedule; beside Muon it is that of what Muon leaves out
+    adamw: float | None = (
+        None  # its best learning rate with the schedule; Muon's runs need it for what Muon leaves out
+    )
 
     def length(self, share: float) -> str:
         """Return the flag for a share of the steps."""
@@ -43,9 +45,9 @@ HIGH = (3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 6e-2)
 TASKS = {
     "digits": Task("run_image_classification.py", metric="eval_accuracy", higher_is_better=True),
     "cifar10": Task("run_image_classification.py", CIFAR10, 600, adamw=3e-3),
-    "bert-mlm": Task("run_mlm.py"),
+    "bert-mlm": Task("run_mlm.py", adamw=1e-3),
     "topics": Task("run_glue.py", adamw=3e-4),
-    "t5": Task("run_t5_mlm.py"),
+    "t5": Task("run_t5_mlm.py", adamw=1e-3),
     "gpt2-shakespeare": Task("run_clm.py", SIXTEEN, 600, adamw=1e-2),
     "gpt2-reference": Task("run_clm.py", adamw=3e-3),
     "sst2": Task("run_glue.py", FINE_TUNING.format("sst2"), 216, "linear", learning_rates=LOW),

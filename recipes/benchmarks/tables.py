@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import matrix
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
@@ -87,6 +88,7 @@ def chosen_row(rows: list[dict[str, Any]], task: str, optimizer: str) -> dict[st
 
 
 SWEEP = ("adamw", "adamw, warmup_stable_decay")
+WHOLE_SWEEP = 12  # settings
 # The lines of the regret table and of the performance profile, beside the sweep and one rate for all tasks.
 PROFILE = (
     "alsals",
@@ -122,17 +124,22 @@ def swept_row(rows: list[dict[str, Any]], task: str) -> dict[str, Any] | None:
 
 
 def one_rate_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by task the rows of the one learning rate and schedule of AdamW that is the best over all tasks."""
+    """Return by task the rows of the one learning rate and schedule of AdamW that is the best over tasks.
+
+    Those are the tasks judged by loss whose sweep is whole, of all if there are none, and settings run on all of them.
+    """
     by_rate = defaultdict(dict)
     for row in rows:
         if row["optimizer"] in SWEEP:
             by_rate[row["optimizer"], row["learning_rate"]][row["task"]] = row
-    most = max((len(some) for some in by_rate.values()), default=0)
+    tasks = {task for some in by_rate.values() for task in some if matrix.TASKS[task].metric == "eval_loss"}
+    whole = {task for task in tasks if sum(task in some for some in by_rate.values()) >= WHOLE_SWEEP} or tasks
 
     def mean_regret(some: dict[str, dict[str, Any]]) -> float:
-        return statistics.mean(regret(row, swept_row(rows, task)) for task, row in some.items())
+        return statistics.mean(regret(some[task], swept_row(rows, task)) for task in whole)
 
-    return min((some for some in by_rate.values() if len(some) == most), key=mean_regret, default={})
+    candidates = [some for some in by_rate.values() if whole and some.keys() >= whole]
+    return min(candidates, key=mean_regret, default={})
 
 
 def regret(row: dict[str, Any], best: dict[str, Any]) -> float:
@@ -156,7 +163,7 @@ def steps_needed(rows: list[dict[str, Any]], best: dict[str, Any], loss: float) 
     if loss > points[0][1]:
         return f"under {points[0][0]:g}"
     for (shorter, worse), (longer, better) in itertools.pairwise(points):
-        if better <= loss <= worse:
+        if better <= loss <= worse and better < worse:
             return f"{shorter * (longer / shorter) ** ((worse - loss) / (worse - better)):.2f}"
     return f"over {points[-1][0]:g}"
 
@@ -181,7 +188,9 @@ def regret_table(rows: list[dict[str, Any]]) -> str:
         ours = chosen_row(rows, task, "alsals")
         cells = [
             f"{_with_error(best, metric)} ({best['learning_rate']:g}, {schedule}, best of {runs_of})",
-            steps_needed(rows, best, ours["eval_loss"]) if ours is not None and not _mark(ours) else "",
+            steps_needed(rows, best, ours["eval_loss"])
+            if ours is not None and not _mark(ours) and metric == "eval_loss"
+            else "",
         ]
         for name in ("one rate", *PROFILE):
             row = one_rate.get(task) if name == "one rate" else chosen_row(rows, task, name)
@@ -237,8 +246,10 @@ def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
         for name, row in found.items():
             if row is not None and not _mark(row):
                 lines[name][task] = row["eval_loss"]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
+    colors = colormaps["tab20"].colors
+    axes.set_prop_cycle(color=[*colors[::2], *colors[1::2]])
     for name, losses in lines.items():
         if not losses:
             continue
@@ -252,7 +263,7 @@ def draw_profile(rows: list[dict[str, Any]], path: str) -> None:
     axes.set_xlabel("loss over the best one on the task")
     axes.set_ylabel("share of tasks")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -377,11 +388,11 @@ def draw(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
 
 
 def draw_front(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
-    """Draw training loss and step size of alsals and of AdamW at its best learning rate, on all seeds of one task."""
-    chosen = [chosen_row(rows, FRONT_PICTURE, optimizer) for optimizer in ("alsals", "adamw")]
+    """Draw training loss and step size of alsals and of AdamW at the best of its sweep, on all seeds of one task."""
+    chosen = [chosen_row(rows, FRONT_PICTURE, "alsals"), swept_row(rows, FRONT_PICTURE)]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss_axes, size_axes = figure.subplots(1, 2)
-    labels = ("alsals, untuned", f"AdamW at its best learning rate, {chosen[1]['learning_rate']:g}")
+    labels = ("alsals, untuned", f"AdamW, the best of its sweep, {chosen[1]['learning_rate']:g}")
     for row, label, color in zip(chosen, labels, ("C0", "C1")):
         for i, run in enumerate(row["runs"]):
             style = {"label": label} if i == 0 else {}
