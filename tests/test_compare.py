@@ -160,7 +160,7 @@ def test_a_plain_loop_refuses_what_it_does_not_do(flags, message, tmp_path):
 def test_a_baseline_that_transformers_does_not_have_is_trained(name, monkeypatch, tmp_path):
     if name == "mechanic":
         pytest.importorskip("mechanic_pytorch", reason="the baseline is a package of its own, which nothing else uses")
-    task = matrix.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,))
+    task = matrix.Task("run_image_classification.py", max_steps=2, learning_rates=(1e-3,), adamw=1e-3)
     monkeypatch.setattr(matrix, "TASKS", {"digits": task})
     run_main(monkeypatch, "--optimizers", name, "--seeds", 1, "--results", tmp_path)
     (run,) = runs.load(tmp_path)
