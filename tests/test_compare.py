@@ -371,6 +371,13 @@ def test_the_steps_that_adamw_needs_are_between_its_lengths(loss, expected):
     assert tables.steps_needed(tables.fresh_rows(tables.summarize(swept_runs())), best, loss) == ""
 
 
+def test_the_one_rate_is_the_best_where_the_sweep_is_whole_and_not_the_one_run_most(monkeypatch):
+    monkeypatch.setattr(tables, "WHOLE_SWEEP", 2)
+    mine = [run_of("adamw", 1e-3, 4.2, 1), run_of("adamw", 3e-3, 4.0, 1), run_of("adamw", 1e-3, 2.0, 1, task="t5")]
+    (row,) = tables.one_rate_rows(tables.summarize(mine)).values()
+    assert (row["task"], row["learning_rate"]) == ("bert-mlm", 3e-3)
+
+
 def test_a_task_that_is_judged_by_accuracy_is_compared_in_points():
     runs_of_digits = [run_of("adamw", 1e-3, 1.0, 1, task="digits"), run_of("alsals", None, 3.0, 1, task="digits")]
     for one, accuracy in zip(runs_of_digits, (0.95, 0.93)):

@@ -18,9 +18,8 @@ class Task:
     metric: str = "eval_loss"
     higher_is_better: bool = False
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
-    adamw: float | None = (
-        None  # its best learning rate with the schedule; Muon's runs need it for what Muon leaves out
-    )
+    # AdamW's best learning rate with the schedule; Muon's runs need it for what Muon leaves out.
+    adamw: float | None = None
 
     def length(self, share: float) -> str:
         """Return the flag for a share of the steps."""
