@@ -127,7 +127,7 @@ class AlsalsArgumentsMixin(ArgumentsMixinBase):
         learning_rate (`float`, *optional*): For these optimizers the multiplier on the searched step size, 1.0 if left
             out. For all others the Trainer's own default.
         lr_scheduler_type (`str`, *optional*): The schedule of that multiplier. If left out
-            `"warmup_stable_decay"` for `alsals`, which falls linearly to 0 in the second half of training unless
+            `"warmup_stable_decay"` for `alsals`, which falls linearly to 0 over the last 70 % of training unless
             `lr_scheduler_kwargs` say otherwise, and `"constant"` for the published methods. For all others the
             Trainer's own default.
         adam_beta1 (`float`, *optional*): 0.0 for `adam_sls`, else the Trainer's own default, if left out.

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import SchedulerType, get_scheduler
 
 from hf_alsals import ALSALS, PRESETS, AlsalsArgumentParser, AlsalsTrainingArguments
+from hf_alsals.schedule import default_decay_steps
 
 BLOCK = 65  # bytes, of which 64 are predicted
 Data = tuple[Tensor, Tensor]
@@ -80,10 +81,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Data, Data]]
 
 
 def create_scheduler(args: AlsalsTrainingArguments, optimizer: torch.optim.Optimizer) -> Any:
-    """Return the schedule of the flags; `warmup_stable_decay` falls in the second half of what the warm-up leaves."""
+    """Return the schedule of the flags; `warmup_stable_decay` falls when it falls in the Trainer."""
     warmup, kwargs = args.get_warmup_steps(args.max_steps), {}
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        kwargs = {"num_decay_steps": (args.max_steps - warmup) // 2, "decay_type": "linear"}
+        kwargs = {"num_decay_steps": default_decay_steps(args.optim, args.max_steps - warmup), "decay_type": "linear"}
     return get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps, scheduler_specific_kwargs=kwargs)
 
 
