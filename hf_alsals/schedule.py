@@ -36,8 +36,8 @@ class ScheduleMixin(TrainerMixinBase):
         """Create the schedule.
 
         Without `num_decay_steps`, `"warmup_stable_decay"` falls from the end of `num_stable_steps` on, by default
-        as `default_decay_steps` says, whatever the optimizer. With an `optim` of ours, or without `num_decay_steps`, it
-        falls linearly to 0 unless `lr_scheduler_kwargs` say otherwise.
+        as `default_decay_steps` says, whatever the optimizer. With an `optim` of ours, or without `num_decay_steps`,
+        it falls linearly to 0 unless `lr_scheduler_kwargs` say otherwise.
 
         Args:
             num_training_steps (`int`): Optimizer steps of the whole training.
