@@ -122,7 +122,7 @@ def test_a_model_is_trained_in_a_loop_of_plain_pytorch(model, optimizer, monkeyp
     assert [entry["step"] for entry in curve] == list(range(1, steps + 1))
     assert run["results"]["eval_loss"] < 0.9 * curve[0]["loss"]
     if optimizer == "alsals":
-        expected = [min(1.0, (steps - k) / 20) for k in range(steps)]
+        expected = [min(1.0, (steps - k) / 28) for k in range(steps)]
         assert [entry["lr_multiplier"] for entry in curve] == pytest.approx(expected)
         assert sum(entry["probes"] for entry in curve) >= 4  # a search every ten steps, at least
     else:

@@ -211,7 +211,7 @@ def run(args: OverheadArguments, name: str, accumulation: int, is_profiled: bool
         training_args = AlsalsTrainingArguments(
             output_dir=output_dir,
             max_steps=count,
-            warmup_steps=args.warmup,  # of the steps that count, half are above half of the peak, as in a whole run
+            warmup_steps=args.warmup,  # so that the steps that count have the shares of a whole run
             per_device_train_batch_size=args.batch_size,
             gradient_accumulation_steps=accumulation,
             bf16=args.bf16,
