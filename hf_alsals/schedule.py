@@ -20,8 +20,9 @@ def default_decay_steps(optim: str, steps: int) -> int:
     """Return in how many steps, the last of `steps`, `warmup_stable_decay` falls where nothing says so.
 
     Args:
-        optim (`str`): The optimizer's name. With one of this package the schedule falls over the last 70 %, which has
-            the better worst case (arXiv 2501.18965), with any other over the last half.
+        optim (`str`): The optimizer's name. With one of this package the schedule falls over the last 70 %, which had
+            the better worst case on the tasks that it was chosen on (recipes/benchmarks/NOTES.md; compare arXiv
+            2501.18965), with any other over the last half.
         steps (`int`): Optimizer steps after the warm-up.
     """
     return steps * 7 // 10 if optim in PRESETS else steps // 2
