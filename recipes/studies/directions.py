@@ -53,7 +53,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def run(name: str, learning_rate: float | None, seed: int, steps: int) -> dict[str, Any]:
-    """Train once, with step sizes found and a schedule that falls over the last half, or at a rate with 10 % warm-up and cosine."""
+    """Train once, with step sizes found and a decay over the last half, or at a rate with 10 % warm-up and cosine."""
     make, _ = OPTIMIZERS[name]
     train_blocks, validation_blocks = text()
     torch.manual_seed(seed)
