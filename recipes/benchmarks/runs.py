@@ -30,7 +30,7 @@ def append(folder: str, run: dict[str, Any], curve: list[dict[str, Any]]) -> Non
     with _lock:
         curves = load_curves(folder) | {run["key"]: curve}
         lines = [_line({"key": key, "curve": one}) for key, one in curves.items()]
-        _replace(os.path.join(folder, CURVES), lzma.compress(b"".join(lines)))
+        _replace(os.path.join(folder, CURVES), lzma.compress(b"".join(lines), preset=9 | lzma.PRESET_EXTREME))
         path = os.path.join(folder, RUNS)
         _replace(path, _read(path) + _line(run))
 
