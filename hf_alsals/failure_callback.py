@@ -12,6 +12,7 @@ from .checkpoint import saved_attributes
 from .failures import FailureMonitor
 from .inexact_module import first_inexact_module
 from .optimizer import unwrap_alsals
+from .schedule import changed_rate
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ class FailureCallback(TrainerCallback, ExportableState):
 
     Beside what [`FailureMonitor`] names it warns when a probe at step size 0 is not the loss of training, and names
     the module that is the likely cause. That costs a forward pass at steps 0, 1, 2, 4, 8 and so on, up to
-    `steps_between_checks`, and every `steps_between_checks`.
+    `steps_between_checks`, and every `steps_between_checks`. Of a run that is resumed it warns when the schedule is
+    not the one that the checkpoint was saved with.
 
     Attributes:
         warnings (`list[dict]`): The warnings so far, as `step` and `message`.
@@ -40,13 +42,27 @@ class FailureCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"warnings": self.warnings}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Take up the warnings of a run that is resumed."""
+        """Take up the warnings of a run that is resumed, and compare its schedule with the checkpoint's."""
         saved = saved_attributes(state, "FailureCallback") if state.global_step > 0 else {}
         self.warnings = list(saved.get("warnings", []))
         self.monitor, self._is_exact, self._first_step = None, True, state.global_step
         state.stateful_callbacks["FailureCallback"] = self.state()
+        if changed := changed_rate(lr_scheduler):
+            before, now = changed
+            self._warn(
+                state,
+                f"the checkpoint was saved with the learning rate {before:.4g}, and the schedule has {now:.4g}"
+                " at this step: to go on as the run began, pass the max_steps or num_train_epochs, lr_scheduler_type "
+                "and lr_scheduler_kwargs of then; where none were given to a version before 17 of the method, "
+                'lr_scheduler_kwargs={"num_decay_steps": N} with N half of the steps.',
+            )
 
     def on_pre_optimizer_step(
         self,

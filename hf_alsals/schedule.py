@@ -1,8 +1,10 @@
 """The learning rate schedule, which multiplies the step size: the default of each preset, and warmup_stable_decay."""
 
 import copy
+import math
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import SchedulerType
 
 from .mixin_base import TrainerMixinBase
@@ -26,6 +28,20 @@ def default_decay_steps(optim: str, steps: int) -> int:
         steps (`int`): Optimizer steps after the warm-up.
     """
     return steps * 7 // 10 if optim in PRESETS else steps // 2
+
+
+def changed_rate(lr_scheduler: Any) -> tuple[float, float] | None:
+    """Return the learning rate that a checkpoint was saved with and what its step has now, `None` if they agree.
+
+    Args:
+        lr_scheduler (`LambdaLR`, or Accelerate's wrapper of it): The schedule after loading. Others always agree.
+    """
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+    if not isinstance(schedule, LambdaLR):
+        return None
+    saved = float(schedule.get_last_lr()[0])
+    rate = float(schedule.base_lrs[0]) * schedule.lr_lambdas[0](schedule.last_epoch)
+    return None if math.isclose(saved, rate, rel_tol=1e-6) else (saved, rate)
 
 
 class ScheduleMixin(TrainerMixinBase):

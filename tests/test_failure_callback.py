@@ -120,3 +120,28 @@ def test_a_run_that_learns_nothing_is_told_so_half_way_but_not_one_that_is_resum
     trainer(201).train()
     (warning,) = warnings()
     assert warning["step"] == 200 and "nothing has been learned" in warning["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, None),
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 5}}, ("0.5714", "0.8")),
+        ({"max_steps": 20}, ("0.5714", "1")),
+        ({"lr_scheduler_type": "linear"}, ("0.5714", "0.4")),
+    ],
+    ids=["none", "decay", "steps", "type"],
+)
+def test_a_resumed_run_with_another_schedule_is_told_so(changes, rates, tmp_path, caplog):
+    def trainer(**kwargs):
+        args = arguments(tmp_path, **{"max_steps": 10, "save_strategy": "steps", "save_steps": 6} | kwargs)
+        return AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
+
+    trainer().train()
+    caplog.clear()
+    trainer(**changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    said = [record.message for record in caplog.records if "the checkpoint was saved with" in record.message]
+    assert len(said) == (rates is not None)
+    if rates:
+        assert f"with the learning rate {rates[0]}, and the schedule has {rates[1]} at this step" in said[0]
+        assert said[0].startswith("Step 6: ")
