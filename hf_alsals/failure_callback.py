@@ -58,10 +58,9 @@ class FailureCallback(TrainerCallback, ExportableState):
             before, now = changed
             self._warn(
                 state,
-                f"the checkpoint was saved with the learning rate {before:.4g}, and the schedule has {now:.4g}"
-                " at this step: to go on as the run began, pass the max_steps or num_train_epochs, lr_scheduler_type "
-                "and lr_scheduler_kwargs of then; where none were given to a version before 17 of the method, "
-                'lr_scheduler_kwargs={"num_decay_steps": N} with N half of the steps.',
+                f"the checkpoint was saved with the learning rate {before:.4g}, and the schedule has {now:.4g} at "
+                "this step: to go on as the run began, pass the max_steps or num_train_epochs, lr_scheduler_type and "
+                "lr_scheduler_kwargs of then.",
             )
 
     def on_pre_optimizer_step(

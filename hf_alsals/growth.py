@@ -33,7 +33,9 @@ class Growth(Protocol):
     def init(self, initial_step_size: float) -> Any:
         """Return the state before training."""
 
-    def follow(self, state: Any, step_size: float, path_slope: Any, is_searched: bool = True) -> tuple[Any, float]:
+    def follow(
+        self, state: Any, step_size: float, path_slope: Any, is_searched: bool = True, lr_fraction: float = 1.0
+    ) -> tuple[Any, float]:
         """Return the state and the step size of a new optimizer step, before any search; some runs have none."""
 
     def start(self, state: Any, step_size: float) -> float:
@@ -116,7 +118,12 @@ class ConstantGrowth:
         return ConstantGrowthState(initial_step_size)
 
     def follow(
-        self, state: ConstantGrowthState, step_size: float, path_slope: Any, is_searched: bool = True
+        self,
+        state: ConstantGrowthState,
+        step_size: float,
+        path_slope: Any,
+        is_searched: bool = True,
+        lr_fraction: float = 1.0,
     ) -> tuple[ConstantGrowthState, float]:
         """Return both as they are: the step size moves in searches only."""
         return state, step_size

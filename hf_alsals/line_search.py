@@ -246,7 +246,7 @@ class LineSearch:
         if is_annealing:
             return state
         growth, step_size = self.growth.follow(
-            state.growth, state.step_size, path_slope, is_searched=self.is_searched(state)
+            state.growth, state.step_size, path_slope, self.is_searched(state), lr_fraction
         )
         return replace(state, growth=growth, step_size=step_size if state.is_initialized else state.step_size)
 

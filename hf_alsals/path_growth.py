@@ -102,6 +102,8 @@ class PathGrowthState(PathAverages):
         has_gone_back (`bool`): Whether a path slope has been negative.
         has_backtracked (`bool`): Whether a search has rejected a step size.
         weight_scale (`float`): Scale of the first weights; infinity where it is not known.
+        lr_fraction (`float`): Learning rate of the last step as a fraction of its peak so far.
+        schedule_fall (`float`): By how much the schedule has lowered its logarithm in this step.
     """
 
     log_size: float = -math.inf
@@ -109,6 +111,8 @@ class PathGrowthState(PathAverages):
     has_gone_back: bool = False
     has_backtracked: bool = False
     weight_scale: float = math.inf
+    lr_fraction: float = 1.0
+    schedule_fall: float = 0.0
 
     @property
     def path_size(self) -> float:
@@ -157,11 +161,14 @@ class PathGrowth:
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all path slopes are small.
-    `path_size` is a geometric mean, which one bad batch cannot lift. Where nothing is searched, training starts low,
-    the exponent is `ramp` times as large until a path slope is negative, and it grows to `largest_unsearched` at most.
+    `path_size` is a geometric mean, which one bad batch cannot lift. What the schedule takes off counts: the step size
+    falls only by what the rule takes off more than the schedule in the same step. Where nothing is searched, training
+    starts low, the exponent is `ramp` times as large until a path slope is negative, and it grows to
+    `largest_unsearched` at most.
 
-    Until the overshoot and the first rejection a search may double the step size where `q` is above
-    `least_path_slope`: it is far too small. In the first 40 steps `p` has to be above `least_first_path_slope` too.
+    Until the overshoot and the first rejection the step size is far too small where `q` is above `least_path_slope`,
+    in the first 40 steps `p` above `least_first_path_slope` too. Then it grows `acceleration` times as fast, and a
+    search may double it.
 
     `p_k` is the product that D-Adaptation (arXiv 2301.07733), Mechanic (2306.00144) and Prodigy (2306.06101) are built
     on.
@@ -195,6 +202,7 @@ class PathGrowth:
     largest_multiplier: ClassVar[float] = 32.0
     largest_hidden_multiplier: ClassVar[float] = 4.0
     least_path_size: ClassVar[float] = 0.1
+    acceleration: ClassVar[float] = 2.0
     ramp: ClassVar[float] = 6.0
     largest_unsearched: ClassVar[float] = 0.01  # Adam's direction is about 1 in every weight
     least_path_slope: ClassVar[float] = 0.75
@@ -210,7 +218,12 @@ class PathGrowth:
         return PathGrowthState()
 
     def follow(
-        self, state: PathGrowthState, step_size: float, path_slope: float | PathSlope, is_searched: bool = True
+        self,
+        state: PathGrowthState,
+        step_size: float,
+        path_slope: float | PathSlope,
+        is_searched: bool = True,
+        lr_fraction: float = 1.0,
     ) -> tuple[PathGrowthState, float]:
         """Return the state and the step size after a new batch's path slope.
 
@@ -219,6 +232,8 @@ class PathGrowth:
             step_size (`float`): The step size before.
             path_slope (`float` or `PathSlope`): That of the hidden matrices. One that is not finite is left out.
             is_searched (`bool`, defaults to `True`): Whether searches bound the step size.
+            lr_fraction (`float`, defaults to 1.0): Learning rate of this step as a fraction of its peak so far,
+                positive.
         """
         path_slope = PathSlope.of(path_slope)
         slope = path_slope.slope
@@ -229,6 +244,8 @@ class PathGrowth:
             state,
             has_gone_back=state.has_gone_back or slope < 0,
             weight_scale=min(state.weight_scale, path_slope.weight_scale),
+            lr_fraction=lr_fraction,
+            schedule_fall=max(math.log(state.lr_fraction / lr_fraction), 0.0),
         )
         if slope != 0:
             log = math.log(abs(slope))
@@ -241,6 +258,7 @@ class PathGrowth:
             log_growth *= 1.0 if state.has_gone_back else self.ramp
             largest = self.largest_unsearched
         else:
+            log_growth *= self.acceleration if log_growth > 0 and self.is_far_too_small(state) else 1.0
             largest = self.largest_share * state.weight_scale
         grown = step_size * math.exp(log_growth)
         return state, min(grown, max(step_size, largest))
@@ -250,12 +268,13 @@ class PathGrowth:
 
         Args:
             averages (`PathAverages`): The averages of what moves by it.
-            common (`PathGrowthState`): The state of all hidden matrices together, whose `path_size` damps it.
+            common (`PathGrowthState`): The state of all hidden matrices together, whose `path_size` damps it, and
+                which knows what the schedule takes off.
         """
-        exponent = averages.r + self.overshoot
-        if exponent > 0:
-            exponent *= min(1.0, common.path_size / self.least_path_size)
-        return self.gain(averages) * exponent
+        log_growth = self.gain(averages) * (averages.r + self.overshoot)
+        if log_growth < 0:
+            return min(log_growth + common.schedule_fall, 0.0)
+        return log_growth * min(1.0, common.path_size / self.least_path_size)
 
     def gain(self, averages: PathAverages) -> float:
         """Return by how much the logarithm of a step size grows in a step at `r + overshoot = 1`.
@@ -300,17 +319,24 @@ class PathGrowth:
         """Return the step size that a search probes first: the one that it has come to."""
         return step_size
 
+    def is_far_too_small(self, state: PathGrowthState) -> bool:
+        """Return whether nearly all of the way is still right, and no step size was rejected.
+
+        Args:
+            state (`PathGrowthState`): The state of this step, before any search.
+        """
+        if state.has_backtracked or state.shrinking_steps >= 0 or state.settled_path_slope <= self.least_path_slope:
+            return False
+        # A few steps say little, and a pretrained model does not come back.
+        return state.steps > state.first_steps or state.path_slope > self.least_first_path_slope
+
     def largest_doubled(self, state: PathGrowthState) -> float:
         """Return the largest step size that a search may double to, 0.0 for none.
 
         Args:
             state (`PathGrowthState`): The state before the search.
         """
-        is_over = state.has_backtracked or state.shrinking_steps >= 0
-        is_far_too_small = state.settled_path_slope > self.least_path_slope
-        if state.steps <= state.first_steps:  # a few steps say little, and a pretrained model does not come back
-            is_far_too_small &= state.path_slope > self.least_first_path_slope
-        return self.largest_share * state.weight_scale if is_far_too_small and not is_over else 0.0
+        return self.largest_share * state.weight_scale if self.is_far_too_small(state) else 0.0
 
     def searched(
         self,

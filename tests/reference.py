@@ -63,7 +63,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
     scales = [part.square().mean().sqrt().expand(len(part)) for part in first]
     largest = 0.45 * torch.cat(scales).log().mean().exp().item()
     m, v, last_d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
-    eta, taken, s, b, has_backtracked, sizes = 0.0, 0.0, 0.0, 0.0, False, []
+    eta, taken, s, b, has_backtracked, sizes, fraction = 0.0, 0.0, 0.0, 0.0, False, [], 1.0
     logs = [0.0] * len(shapes)
     # For all hidden matrices together, and for each tensor: averages of the path slopes and of the settled ones, with
     # those of their absolute values, and the shrinking steps since both were below -0.3 of these for the first time.
@@ -75,9 +75,12 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
     def log_growth(path, size, settled, settled_size, since):
         p, q = (mean / size if size else 0.0 for mean, size in ((path, size), (settled, settled_size)))
         before = q if len(sizes) < 40 else max(q + min(p, 0) * min(1, 4 * (1 - q)), -1)
-        x = (before if since is None else (p + q) / 2) + 0.3
-        x *= min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else 1
-        return x * gain(since)
+        x = gain(since) * ((before if since is None else (p + q) / 2) + 0.3)
+        return x * min(1, 10 * sizes[-1] / max(sizes)) if x > 0 else min(x + fall, 0)
+
+    def is_far_too_small(path, size, settled, settled_size, since):
+        is_clear = settled_size > 0 and settled / settled_size > 0.75 and (len(sizes) >= 40 or path / size > 0.9)
+        return is_clear and since is None and not has_backtracked
 
     step_sizes, losses = [], []
     for k, lr in enumerate(lrs):
@@ -107,9 +110,14 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
                     average[4] = 0
             p = abs(together[0])
             sizes.append(p if not sizes else sizes[-1] ** 0.9 * p**0.1)
+            # What the schedule takes off in this step is not taken off twice.
+            last_fraction, fraction = fraction, lr / max(lrs[: k + 1])
+            fall = max(math.log(last_fraction / fraction), 0.0)
             before = eta
             if is_searching:
-                eta = min(eta * math.exp(log_growth(*averages[0])), max(eta, largest))
+                log = log_growth(*averages[0])
+                log *= 2 if log > 0 and is_far_too_small(*averages[0]) else 1
+                eta = min(eta * math.exp(log), max(eta, largest))
             for i, average in enumerate(averages[1:]):
                 if averages[0][4] is None:
                     average[4] = None  # all move alike at first
@@ -137,17 +145,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
                     break
                 eta *= decrease_factor
             has_backtracked |= eta < start
-            path, _, settled, size, _ = averages[0]
-            for _ in range(
-                2
-                if accepted
-                and size
-                and settled / size > 0.75
-                and (k >= 40 or averages[0][0] / averages[0][1] > 0.9)
-                and not has_backtracked
-                and averages[0][4] is None
-                else 0
-            ):
+            for _ in range(2 if accepted and is_far_too_small(*averages[0]) else 0):
                 if 2 * eta <= largest and decrease > 0.7 * eta * a:
                     doubled = loss - f(w - 2 * eta * d, k).item()
                     if doubled > 0.7 * 2 * eta * a:

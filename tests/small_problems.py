@@ -25,11 +25,11 @@ def make_net(dtype=torch.float64):
     return net.to(dtype)
 
 
-def net_loss(net, k, parameters=None):
-    """Return the loss of step k's minibatch, of which there are ten."""
+def net_loss(net, k, parameters=None, offset=0.0):
+    """Return the loss of step k's minibatch, of which there are ten, for targets that may be far away."""
     generator = torch.Generator().manual_seed(k % 10)
     x = torch.randn(64, 4, generator=generator, dtype=torch.float64)
-    y = 0.1 * ((2 * x[:, :1]).sin() + x[:, 1:2] * x[:, 2:3])
+    y = offset + 0.1 * ((2 * x[:, :1]).sin() + x[:, 1:2] * x[:, 2:3])
     parameters = dict(net.named_parameters()) if parameters is None else parameters
     dtype = next(iter(parameters.values())).dtype
     return (torch.func.functional_call(net, parameters, x.to(dtype)) - y.to(dtype)).pow(2).mean()

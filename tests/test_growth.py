@@ -102,7 +102,7 @@ class RampGrowth:
     def init(self, initial_step_size):
         return RampState()
 
-    def follow(self, state, step_size, path_slope, is_searched=True):
+    def follow(self, state, step_size, path_slope, is_searched=True, lr_fraction=1.0):
         assert isinstance(path_slope, float)
         if state.steps == self.ramp_steps:
             return state, step_size

@@ -19,6 +19,7 @@ from small_problems import (
     single,
     snapshot,
     train,
+    unflatten,
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -114,22 +115,18 @@ def cosine(steps):
     return [0.5 * (1 + math.cos(math.pi * k / steps)) for k in range(steps)]
 
 
-@pytest.mark.parametrize("lrs", [[1.0] * 200, cosine(200)], ids=["constant", "cosine"])
-@pytest.mark.parametrize(("initial_step_size", "growth_factor"), [(1e-4, 1.03), (0.1, 1.03), (10.0, 1.03), (0.1, 1.2)])
-def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs):
-    net = make_net()
+def assert_follows_the_default(net, loss_of, lrs, growth_factor=1.03, **settings):
     w = flat(net.parameters())
-    settings = {"initial_step_size": initial_step_size, "growth_factor": growth_factor}
-    optimizer = ALSALS(net.parameters(), **settings, search_interval=1)
+    optimizer = ALSALS(net.parameters(), growth_factor=growth_factor, search_interval=1, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: lrs[min(k, len(lrs) - 1)])
     history = []
-    for k in range(200):
-        history += train(net, optimizer, [k])
+    for k in range(len(lrs)):
+        history += train(net, optimizer, [k], loss_of)
         scheduler.step()
     shapes = [p.shape for p in net.parameters()]
     start_sizes = [size for size, _ in history[: optimizer.search.initial_searches]]
     step_sizes, losses, w, multipliers = path_reference(
-        flat_net_loss(net), w, shapes, lrs, start_sizes, growth_factor=growth_factor
+        lambda w, k: loss_of(net, k, unflatten(net, w)), w, shapes, lrs, start_sizes, growth_factor=growth_factor
     )
     assert [step_size for step_size, _ in history] == pytest.approx(step_sizes, rel=1e-9)
     assert [loss for _, loss in history] == pytest.approx(losses, rel=1e-8)
@@ -137,6 +134,24 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
     assert losses[-1] < 0.3 * losses[0]
     found = [size / optimizer.step_size for size in optimizer.step_sizes()["hidden"]]
     assert found == pytest.approx([multipliers[0], multipliers[2]])
+    return step_sizes
+
+
+@pytest.mark.parametrize("lrs", [[1.0] * 200, cosine(200)], ids=["constant", "cosine"])
+@pytest.mark.parametrize(("initial_step_size", "growth_factor"), [(1e-4, 1.03), (0.1, 1.03), (10.0, 1.03), (0.1, 1.2)])
+def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs):
+    settings = {"initial_step_size": initial_step_size, "growth_factor": growth_factor}
+    assert_follows_the_default(make_net(), net_loss, lrs, **settings)
+
+
+def test_the_default_raises_what_is_far_too_small_as_its_reference_does():
+    def loss_of(net, k, parameters=None):
+        return net_loss(net, k, parameters, offset=2.0).sqrt()  # as steep far away as near
+
+    step_sizes = assert_follows_the_default(make_net(), loss_of, [1.0] * 100)
+    ratios = [after / before for before, after in itertools.pairwise(step_sizes[4:])]
+    assert max(ratios) > 2  # doubled
+    assert any(1.03**1.3 < ratio < 1.03**2.7 for ratio in ratios)  # and raised twice as fast
 
 
 def overshooting(net, **settings):

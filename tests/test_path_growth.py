@@ -6,9 +6,9 @@ import pytest
 from hf_alsals.path_growth import PathAverages, PathGrowth, PathSlope, TensorState
 
 
-def follow(growth, path_slopes, step_size=0.1):
+def follow(growth, path_slopes, step_size=0.1, has_backtracked=False):
     """Return the state and the step size after each of some path slopes."""
-    state, history = growth.init(step_size), []
+    state, history = dataclasses.replace(growth.init(step_size), has_backtracked=has_backtracked), []
     for path_slope in path_slopes:
         state, step_size = growth.follow(state, step_size, path_slope)
         history.append((state, step_size))
@@ -22,7 +22,8 @@ def test_the_step_size_follows_the_average_of_the_path_slopes_over_that_of_their
         weights = [0.9 ** (k - 1 - i) for i in range(k)]
         average = sum(w * s for w, s in zip(weights, path_slopes[:k], strict=True))
         size = sum(w * abs(s) for w, s in zip(weights, path_slopes[:k], strict=True))
-        expected *= 1.2 ** (average / size + 0.3)
+        faster = 2 if average / size > 0.9 else 1  # as in the first steps of all
+        expected *= 1.2 ** (faster * (average / size + 0.3))
         assert state.path_slope == pytest.approx(average / size)
         assert step_size == pytest.approx(expected)
 
@@ -49,9 +50,9 @@ def test_small_path_slopes_let_it_grow_less_and_shrink_as_ever():
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_one_bad_batch_does_not_hold_it(sign):
     path_slopes = [1.0 + 0.5 * math.sin(k) for k in range(350)]
-    calm = follow(PathGrowth(), path_slopes)
+    calm = follow(PathGrowth(), path_slopes, has_backtracked=True)
     path_slopes[50] = sign * 1e5
-    disturbed = follow(PathGrowth(), path_slopes)
+    disturbed = follow(PathGrowth(), path_slopes, has_backtracked=True)
     grown = [history[349][1] / history[300][1] for history in (disturbed, calm)]
     assert grown[1] == pytest.approx(1.03 ** (49 * 1.3))
     n = disturbed[-1][0].shrinking_steps  # a bad batch may look like an overshoot
@@ -60,7 +61,7 @@ def test_one_bad_batch_does_not_hold_it(sign):
 
 
 def test_steps_that_are_always_too_short_grow_and_those_that_are_too_long_shrink():
-    assert follow(PathGrowth(), [1.0] * 10)[-1][1] == pytest.approx(0.1 * 1.03**13)
+    assert follow(PathGrowth(), [1.0] * 10, has_backtracked=True)[-1][1] == pytest.approx(0.1 * 1.03**13)
     # By ever less from step 41 on, where an overshoot can be told.
     exponent = 40 + sum(40 / (40 + n) for n in range(5))
     assert follow(PathGrowth(), [-1.0] * 45)[-1][1] == pytest.approx(0.1 * 1.03 ** (-0.7 * exponent))
@@ -94,6 +95,48 @@ def test_the_settled_path_slope_is_what_it_follows_at_first():
 
 
 @pytest.mark.parametrize(
+    ("steps", "p", "q", "faster"),
+    [(41, -0.2, 0.76, 2), (41, -0.2, 0.74, 1), (40, 0.91, 0.8, 2), (40, 0.89, 0.8, 1), (41, -1.0, -1.0, 1)],
+)
+def test_what_is_far_too_small_grows_twice_as_fast_until_a_search_has_backtracked(steps, p, q, faster):
+    growth = PathGrowth()
+    averages = {"mean_slope": p, "mean_size": 1.0, "settled_slope": q, "settled_size": 1.0}
+    state = dataclasses.replace(growth.init(0.1), steps=steps - 1, **averages)
+    state, step_size = growth.follow(state, 0.1, 0.0)  # which leaves p and q where they are
+    assert step_size == pytest.approx(0.1 * growth.growth_factor ** (faster * (state.r + 0.3)))
+    for stopped in ({"has_backtracked": True}, {"shrinking_steps": 1}):
+        _, step_size = growth.follow(before := dataclasses.replace(state, **stopped), 0.1, 0.0)
+        assert step_size == pytest.approx(0.1 * math.exp(growth.gain(before) * (before.r + 0.3)), rel=1e-3)
+
+
+@pytest.mark.parametrize("asked", [-0.7, -0.2, 0.4])
+def test_what_the_schedule_takes_off_counts_where_it_shrinks(asked):
+    growth = PathGrowth()
+    slope = asked - 0.3  # over a mean size of 1
+    state = dataclasses.replace(
+        growth.init(0.1),
+        steps=90,
+        mean_slope=slope,
+        settled_slope=slope,
+        mean_size=1.0,
+        settled_size=1.0,
+        has_backtracked=True,
+        shrinking_steps=0,
+    )
+    step_size, lr_fraction = 0.1, 1.0
+    for fraction in (1.0, 0.99, 0.985, 1.0, 0.5):
+        averaged = state.averaged(PathSlope(slope, slope))
+        log_growth = growth.gain(averaged) * (averaged.r + 0.3)
+        if log_growth < 0:
+            log_growth = min(log_growth + max(math.log(lr_fraction / fraction), 0.0), 0.0)
+        expected = step_size * math.exp(log_growth)
+        state, step_size = growth.follow(state, step_size, PathSlope(slope, slope), lr_fraction=fraction)
+        assert step_size == pytest.approx(expected)
+        lr_fraction = fraction
+    assert (step_size < 0.1) == (asked < 0)
+
+
+@pytest.mark.parametrize(
     ("p", "q", "r"),
     [
         (0.9, 0.2, 0.2),
@@ -113,7 +156,7 @@ def test_a_negative_path_slope_counts_before_the_overshoot_unless_the_settled_on
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(0.022, 0.0225), (0.0225, 0.0225), (0.5, 0.5), (0.01, 0.01 * 1.03**1.3)]
+    ("before", "after"), [(0.022, 0.0225), (0.0225, 0.0225), (0.5, 0.5), (0.01, 0.01 * 1.03**2.6)]
 )
 def test_it_grows_to_a_share_of_the_first_weights_at_most(before, after):
     growth = PathGrowth()
