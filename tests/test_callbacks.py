@@ -156,12 +156,13 @@ def test_logs_that_json_does_not_know_do_not_end_the_run(tmp_path, caplog):
 
 
 def test_a_checkpoint_without_the_callbacks_is_resumed(tmp_path):
-    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    saving = {"save_strategy": "steps", "lr_scheduler_type": "constant"}  # which does not depend on max_steps
+    args = arguments(tmp_path, max_steps=2, save_steps=2, **saving)
     trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
     for callback in (FailureCallback, StepSizeCallback):
         trainer.remove_callback(callback)
     trainer.train()
-    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, logging_steps=10)
+    args = arguments(tmp_path, max_steps=4, save_steps=1, logging_steps=10, **saving)
     trainer = AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())

@@ -107,7 +107,7 @@ def test_a_run_that_learns_nothing_is_told_so_half_way_but_not_one_that_is_resum
     def trainer(max_steps):
         saving = {"save_strategy": "steps", "save_steps": 10} if max_steps == 10 else {}
         options = {"learning_rate": 1e-9, "optim_args": "search_interval=10", "logging_steps": 10}
-        args = arguments(tmp_path, max_steps=max_steps, **saving, **options)
+        args = arguments(tmp_path, max_steps=max_steps, lr_scheduler_type="constant", **saving, **options)
         return AlsalsTrainer(gpt2(), args, train_dataset=Sequences())
 
     def warnings():
