@@ -183,7 +183,7 @@ class PathGrowth:
     Example:
         >>> growth = PathGrowth(growth_factor=1.1)
         >>> state, step_size = growth.follow(growth.init(0.1), step_size=0.1, path_slope=2.0)
-        >>> state.path_slope, round(step_size / 0.1 / 1.1**1.3, 6)
+        >>> state.path_slope, round(step_size / 0.1 / 1.1**2.6, 6)  # twice 1 + 0.3: far too small
         (1.0, 1.0)
     """
 
