@@ -123,7 +123,7 @@ def test_any_parts_go_together():
 
 
 def zigzag(searching, k):
-    """Take step k on a loss whose curvature depends on k, under a schedule that falls, once to below half of its peak."""
+    """Take step k on a loss whose curvature depends on k, under a schedule that falls, once below half of its peak."""
     curvature = 1 + 20 * math.sin(k) ** 2
     slope = 1 + 0.5 * math.sin(3 * k)
     line = NumbersLine(1.0, slope, lambda eta: 1 - slope * eta + curvature * eta**2)
