@@ -36,7 +36,15 @@ class Growth(Protocol):
     def follow(
         self, state: Any, step_size: float, path_slope: Any, is_searched: bool = True, lr_fraction: float = 1.0
     ) -> tuple[Any, float]:
-        """Return the state and the step size of a new optimizer step, before any search; some runs have none."""
+        """Return the state and the step size of a new optimizer step, before any search.
+
+        Args:
+            state (`Any`): The state before.
+            step_size (`float`): The step size before.
+            path_slope (`float` or `PathSlope`): `<g_k, w_0 - w_k>`, NaN where it was not measured.
+            is_searched (`bool`, defaults to `True`): Whether there are searches at all; some runs have none.
+            lr_fraction (`float`, defaults to 1.0): Learning rate of this step as a fraction of its peak so far.
+        """
 
     def start(self, state: Any, step_size: float) -> float:
         """Return the step size that a search probes first."""
