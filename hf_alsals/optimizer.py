@@ -4,15 +4,15 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable
 from numbers import Real
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_number
+from .closure import Closure, ReplayedLoss, check_closure, compute_loss, is_replayed
 from .direction import Direction, hidden_matrices, state_dtype
 from .line import SLOPES, Line, check_loss
 from .line_search import LineSearch, SearchState
@@ -20,9 +20,7 @@ from .optimizer_direction import direction_of
 from .path_growth import PathGrowth, PathGrowthState, PathSlope, TensorState
 from .path_slope import path_slopes, weight_scale
 from .presets import line_search_of
-from .shards import grad_of, nonfinite_flag, to_floats
-
-Closure = Callable[[], Tensor | float]
+from .shards import nonfinite_flag, to_floats
 
 KINDS = ("hidden", "vectors", "others")
 
@@ -32,32 +30,6 @@ HIDDEN_GRADIENT = (
     "the loss's value does not show its gradient, as that of exp(logp - logp.detach()), or the gradients are not its "
     "own: no probe can measure it, so training goes on without searches, by the path slope alone"
 )
-
-GRADIENTS_BEFORE = (
-    "compute loss and gradients before and pass step() a closure without backward() (in Lightning by manual "
-    "optimization)"
-)
-
-
-class ReplayedLoss(Protocol):
-    """A closure that knows the batch of every step by itself; [`LossReplay`] is one."""
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss that the gradients came from."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is a batch that no step has been taken with."""
-
-    def take_loss(self) -> Tensor:
-        """Return that loss to the step that is taken with it, and to no second one."""
-
-    def clear(self) -> None:
-        """Forget the batch."""
-
-    def __call__(self) -> Tensor:
-        """Return the loss of that batch at the present weights."""
 
 
 class Pending(NamedTuple):
@@ -285,7 +257,7 @@ class ALSALS(torch.optim.Optimizer):
     def pending_loss(self) -> Tensor | float | None:
         """The loss that the next step starts from, `None` if only a call of its closure can tell."""
         pending = self.pending
-        return pending.closure.loss if _is_replayed(pending.closure) and pending.loss is None else pending.loss
+        return pending.closure.loss if is_replayed(pending.closure) and pending.loss is None else pending.loss
 
     def set_closure(self, closure: Closure | ReplayedLoss, loss: Tensor | float | None = None) -> None:
         """Set what `step()` calls for the loss, where others call `step` without arguments.
@@ -300,7 +272,7 @@ class ALSALS(torch.optim.Optimizer):
         Raises:
             TypeError: If the closure cannot be called.
         """
-        _check_closure(closure)
+        check_closure(closure)
         self.pending = self.pending._replace(closure=closure, loss=loss)
 
     def set_clip_coef(self, clip_coef: Tensor | float, total_norm: Tensor | None = None) -> None:
@@ -458,11 +430,11 @@ class ALSALS(torch.optim.Optimizer):
     def _take_pending(self, closure: Closure | None, loss: Tensor | float | None) -> Pending:
         pending = self.pending
         # Never a second step on the same batch.
-        self.pending = Pending(pending.closure if _is_replayed(pending.closure) else None)
+        self.pending = Pending(pending.closure if is_replayed(pending.closure) else None)
         self.search = dataclasses.replace(self.search, searched=False, probes=0, nonfinite_probes=0)
         if closure is not None:
-            _check_closure(closure)
-            if loss is None and _is_replayed(pending.closure):
+            check_closure(closure)
+            if loss is None and is_replayed(pending.closure):
                 try:
                     self._compute(closure, is_accumulated=True)  # it records what the probes repeat
                 except BaseException:
@@ -470,7 +442,7 @@ class ALSALS(torch.optim.Optimizer):
                     raise
                 return pending._replace(loss=pending.closure.take_loss())
             return pending._replace(closure=closure, loss=loss)
-        if _is_replayed(pending.closure):
+        if is_replayed(pending.closure):
             if not pending.closure.is_ready and self._may_make_state():
                 return Pending()
             replayed = pending.closure.take_loss()
@@ -503,54 +475,11 @@ class ALSALS(torch.optim.Optimizer):
         return loss.detach() if isinstance(loss, Tensor) else loss, probe
 
     def _compute(self, closure: Closure, is_accumulated: bool = False) -> Tensor | float:
-        """Return the loss of a closure that may compute gradients, and see that they are those of its loss.
-
-        Args:
-            closure (`Callable[[], Tensor]`): The closure.
-            is_accumulated (`bool`, defaults to `False`): Whether it may add to gradients that were there.
-        """
         params = [p for group in self.param_groups for p in group["params"]]
-        # _version counts changes in place; private, but torch.autograd's own messages name it (torch 2.6 to 2.13).
-        before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
-        computed: dict[Tensor, tuple[Tensor, int]] = {}
-
-        def note(p: Tensor) -> None:
-            computed[p] = (grad_of(p), grad_of(p)._version)
-
-        handles = [p.register_post_accumulate_grad_hook(note) for p in params if p.requires_grad]
-        try:
-            with torch.set_grad_enabled(is_accumulated or self._closure_has_backward):
-                loss = closure() if is_accumulated else self._call_first(closure)
-        finally:
-            for handle in handles:
-                handle.remove()
-        after = [p.grad for p in params]
-        fresh = [new is not None and (old is None or new is not old[0]) for old, new in zip(before, after)]
-        # With fresh gradients, one that was left alone is of another loss too.
-        if not is_accumulated and any(
-            old is not None and new is old[0] and (any(fresh) or new._version != old[1])
-            for old, new in zip(before, after)
-        ):
-            raise RuntimeError(
-                "The closure adds to gradients that were there already, so its loss is not theirs: call "
-                f"zero_grad(set_to_none=True) in it, or {GRADIENTS_BEFORE}."
-            )
-        if any(p.grad is not grad or grad._version != version for p, (grad, version) in computed.items()):
-            raise RuntimeError(
-                "The closure's gradients are changed after backward(), as clipping and DistributedDataParallel do, so "
-                f"they are not those of its loss: {GRADIENTS_BEFORE}, and tell set_clip_coef() of clipping."
-            )
-        self._closure_has_backward = any(fresh)
+        loss, self._closure_has_backward = compute_loss(
+            closure, params, has_backward=self._closure_has_backward, is_accumulated=is_accumulated
+        )
         return loss
-
-    def _call_first(self, closure: Closure) -> Tensor | float:
-        try:
-            return closure()
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            with torch.enable_grad():
-                return closure()
 
     def _read_start(
         self, direction: Direction, loss: Tensor | float, clip_coef: Tensor | float, total_norm: Tensor | None
@@ -678,12 +607,3 @@ def check_hyperparameters(group: dict[str, Any], names: dict[str, str] | None = 
         raise TypeError(f"{name} must be two numbers in [0, 1), got {betas!r} of type {type(betas).__name__}.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}.")
-
-
-def _is_replayed(closure: Closure | ReplayedLoss | None) -> TypeGuard[ReplayedLoss]:
-    return hasattr(type(closure), "take_loss")
-
-
-def _check_closure(closure: Any) -> None:
-    if not callable(closure):
-        raise TypeError(f"closure must be a function that returns the loss, got {type(closure).__name__}.")
