@@ -19,7 +19,7 @@ MODULES = [module.name for module in pkgutil.iter_modules([str(FOLDER)])]
 # Numbers in, a decision out.
 LINE_SEARCH = {"checks", "growth", "acceptance", "interval", "initial_search", "line_search", "path_growth", "presets"}
 # What moves the weights.
-OPTIMIZER = {"shards", "path_slope", "direction", "adam", "optimizer_direction", "line", "optimizer"}
+OPTIMIZER = {"shards", "path_slope", "direction", "adam", "closure", "optimizer_direction", "line", "optimizer"}
 
 
 def run(program):
@@ -158,6 +158,7 @@ def test_the_optimizer_imports_torch_and_nothing_of_the_trainer(module):
         ("adam", {"line", "optimizer", *LINE_SEARCH}),
         ("line", {"adam", "optimizer", *LINE_SEARCH}),
         ("path_slope", {"adam", "line", "optimizer", *LINE_SEARCH}),
+        ("closure", {"adam", "direction", "line", "optimizer", *LINE_SEARCH}),
         ("shards", OPTIMIZER | LINE_SEARCH),
         ("loss_replay", {"optimizer", "trainer", "line", "direction"}),
         ("optimizer", {"loss_replay", "trainer", "callbacks"}),
