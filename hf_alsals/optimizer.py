@@ -525,16 +525,13 @@ class ALSALS(torch.optim.Optimizer):
         if not isinstance(growth, PathGrowth):
             return self.line_search.follow(self.search, common.slope, start.lr_fraction), {}
         followed = self.line_search.follow(self.search, common, start.lr_fraction)
-        log_growth = math.log(followed.step_size / self.search.step_size)
         is_searched = self.line_search.is_searched(followed)
         largest = math.inf if is_searched else growth.largest_unsearched / followed.step_size
         is_hidden = dict.fromkeys(hidden, True)
         tensors = {}
         for p in direction.params:
             before = self.tensors.get(p, TensorState())
-            tensors[p] = growth.follow_tensor(
-                before, slopes[p], followed.growth, log_growth, is_hidden.get(p, False), largest
-            )
+            tensors[p] = growth.follow_tensor(before, slopes[p], followed.growth, is_hidden.get(p, False), largest)
         direction.multipliers = multipliers_of(tensors)
         return followed, tensors
 

@@ -157,14 +157,15 @@ class PathGrowth:
     (Robbins-Monro; that the steps back are what counts is Kesten's, 1958). From then on, too, every tensor has a
     multiplier, which follows its own path slopes by the same rule, less `least_lead` where it grows, and is never
     below 1. The step size does not grow beyond `largest_share` of the scale of the first weights: the geometric mean
-    of the hidden matrices' root mean squares.
+    of the hidden matrices' root mean squares. After `bounded_steps` steps that bound falls as `1 / sqrt(k)`: `k` steps
+    in random directions go `sqrt(k)` as far as one.
 
     `damping` is 1 where the exponent is negative. Elsewhere it is `min(1, path_size / least_path_size)`: on memorized
     data the loss falls a little along the path however large the step size is, but then all path slopes are small.
     `path_size` is a geometric mean, which one bad batch cannot lift. What the schedule takes off counts: the step size
     falls only by what the rule takes off more than the schedule in the same step. Where nothing is searched, training
     starts low, the exponent is `ramp` times as large until a path slope is negative, and it grows to
-    `largest_unsearched` at most.
+    `largest_unsearched` at most, which falls likewise.
 
     Until the overshoot and the first rejection the step size is far too small where `q` is above `least_path_slope`,
     in the first 40 steps `p` above `least_first_path_slope` too. Then it grows `acceleration` times as fast, and a
@@ -198,6 +199,7 @@ class PathGrowth:
     overshoot: ClassVar[float] = PathAverages.overshoot
     settling: ClassVar[float] = 40.0
     largest_share: ClassVar[float] = 0.45
+    bounded_steps: ClassVar[int] = 400
     least_lead: ClassVar[float] = 0.3  # r of one tensor is noisier than that of all, and so nearer to 0
     largest_multiplier: ClassVar[float] = 32.0
     largest_hidden_multiplier: ClassVar[float] = 4.0
@@ -237,6 +239,7 @@ class PathGrowth:
         """
         path_slope = PathSlope.of(path_slope)
         slope = path_slope.slope
+        fall_before = self.bound_fall(state)
         state = state.averaged(path_slope)
         if not math.isfinite(slope):
             return state, step_size
@@ -256,12 +259,21 @@ class PathGrowth:
         log_growth = self.log_growth(state, state)
         if not is_searched:
             log_growth *= 1.0 if state.has_gone_back else self.ramp
-            largest = self.largest_unsearched
+            largest = self.largest_unsearched * self.bound_fall(state)
         else:
             log_growth *= self.acceleration if log_growth > 0 and self.is_far_too_small(state) else 1.0
-            largest = self.largest_share * state.weight_scale
+            largest = self.largest(state)
         grown = step_size * math.exp(log_growth)
-        return state, min(grown, max(step_size, largest))
+        # What is above the bound is not cut, but falls with it.
+        return state, min(grown, max(step_size * self.bound_fall(state) / fall_before, largest))
+
+    def largest(self, state: PathGrowthState) -> float:
+        """Return the largest step size that it grows to."""
+        return self.largest_share * state.weight_scale * self.bound_fall(state)
+
+    def bound_fall(self, averages: PathAverages) -> float:
+        """Return by what the largest step size is multiplied after the steps so far, 1.0 at first."""
+        return math.sqrt(self.bounded_steps / max(averages.steps, self.bounded_steps))
 
     def log_growth(self, averages: PathAverages, common: PathGrowthState) -> float:
         """Return by how much the logarithm of a step size grows in a step.
@@ -289,7 +301,6 @@ class PathGrowth:
         state: TensorState,
         path_slope: PathSlope,
         common: PathGrowthState,
-        log_growth: float,
         is_hidden: bool,
         largest: float = math.inf,
     ) -> TensorState:
@@ -299,7 +310,6 @@ class PathGrowth:
             state (`TensorState`): The state before.
             path_slope (`PathSlope`): That of the tensor.
             common (`PathGrowthState`): The state that `follow` returned.
-            log_growth (`float`): By how much the logarithm of the common step size has grown in it.
             is_hidden (`bool`): Whether the tensor is a hidden matrix.
             largest (`float`, defaults to infinity): The largest multiplier, where it is below those of the class.
         """
@@ -309,7 +319,8 @@ class PathGrowth:
         if state.settled_size == 0:  # nothing is known of it
             return state
         largest = min(largest, self.largest_hidden_multiplier if is_hidden else self.largest_multiplier)
-        lead = self.log_growth(state, common) - log_growth
+        # Over what the rule says of all: where a bound holds the common step size, nothing leads for that.
+        lead = self.log_growth(state, common) - self.log_growth(common, common)
         if lead > 0:
             lead = max(lead - self.least_lead * self.gain(state), 0.0)
         log_multiplier = state.log_multiplier + lead
@@ -336,7 +347,7 @@ class PathGrowth:
         Args:
             state (`PathGrowthState`): The state before the search.
         """
-        return self.largest_share * state.weight_scale if self.is_far_too_small(state) else 0.0
+        return self.largest(state) if self.is_far_too_small(state) else 0.0
 
     def searched(
         self,

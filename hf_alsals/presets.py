@@ -10,7 +10,7 @@ from .line_search import LineSearch
 from .path_growth import PathGrowth
 
 # Raised whenever a preset takes other steps than before, so that results name the method that they are of.
-METHOD_VERSION = 18
+METHOD_VERSION = 19
 
 # The line search of each kind of growth. The defaults of options are those of its parts.
 LINE_SEARCHES: dict[str, LineSearch] = {

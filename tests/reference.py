@@ -44,7 +44,9 @@ def alsals_reference(
     return step_sizes, losses, w
 
 
-def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_factor=1.03, decrease_factor=0.9):
+def path_reference(
+    f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_factor=1.03, decrease_factor=0.9, bounded_steps=400
+):
     """Minimize `f(w, k)` from the flat float64 tensor `w`, with step sizes that follow the slope along the path.
 
     `shapes` are those of the tensors that `w` is made of, of which matrices are hidden ones, `lrs` the learning rates
@@ -61,7 +63,7 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
     hidden = [len(shape) > 1 for shape in shapes]
     first = [part for part, is_hidden in zip(w_0.split(counts), hidden) if is_hidden]
     scales = [part.square().mean().sqrt().expand(len(part)) for part in first]
-    largest = 0.45 * torch.cat(scales).log().mean().exp().item()
+    scale = 0.45 * torch.cat(scales).log().mean().exp().float().item()  # which is a float32 number
     m, v, last_d = torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w)
     eta, taken, s, b, has_backtracked, sizes, fraction = 0.0, 0.0, 0.0, 0.0, False, [], 1.0
     logs = [0.0] * len(shapes)
@@ -113,16 +115,18 @@ def path_reference(f, w, shapes, lrs, start_sizes, c=0.1, beta3=0.5, growth_fact
             # What the schedule takes off in this step is not taken off twice.
             last_fraction, fraction = fraction, lr / max(lrs[: k + 1])
             fall = max(math.log(last_fraction / fraction), 0.0)
-            before = eta
             if is_searching:
                 log = log_growth(*averages[0])
                 log *= 2 if log > 0 and is_far_too_small(*averages[0]) else 1
-                eta = min(eta * math.exp(log), max(eta, largest))
+                # In the end the bound falls as 1 / sqrt(k), and what is above it too.
+                before_fall, fall_now = (math.sqrt(bounded_steps / max(n, bounded_steps)) for n in (k, k + 1))
+                largest = scale * fall_now
+                eta = min(eta * math.exp(log), max(eta * fall_now / before_fall, largest))
             for i, average in enumerate(averages[1:]):
                 if averages[0][4] is None:
                     average[4] = None  # all move alike at first
                 else:
-                    lead = log_growth(*average) - math.log(eta / before)
+                    lead = log_growth(*average) - log_growth(*averages[0])
                     lead = max(lead - 0.3 * gain(average[4]), 0.0) if lead > 0 else lead
                     logs[i] = min(max(logs[i] + lead, 0.0), math.log(4.0 if hidden[i] else 32.0))
         multipliers = [2 ** (round(4 * log / math.log(2)) / 4) for log in logs]

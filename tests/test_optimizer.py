@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_alsals import ALSALS, PRESETS
+from hf_alsals.path_growth import PathGrowth
 
 # ---- trajectory ----
 
@@ -115,7 +116,7 @@ def cosine(steps):
     return [0.5 * (1 + math.cos(math.pi * k / steps)) for k in range(steps)]
 
 
-def assert_follows_the_default(net, loss_of, lrs, growth_factor=1.03, **settings):
+def assert_follows_the_default(net, loss_of, lrs, growth_factor=1.03, bounded_steps=400, **settings):
     w = flat(net.parameters())
     optimizer = ALSALS(net.parameters(), growth_factor=growth_factor, search_interval=1, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: lrs[min(k, len(lrs) - 1)])
@@ -126,7 +127,13 @@ def assert_follows_the_default(net, loss_of, lrs, growth_factor=1.03, **settings
     shapes = [p.shape for p in net.parameters()]
     start_sizes = [size for size, _ in history[: optimizer.search.initial_searches]]
     step_sizes, losses, w, multipliers = path_reference(
-        lambda w, k: loss_of(net, k, unflatten(net, w)), w, shapes, lrs, start_sizes, growth_factor=growth_factor
+        lambda w, k: loss_of(net, k, unflatten(net, w)),
+        w,
+        shapes,
+        lrs,
+        start_sizes,
+        growth_factor=growth_factor,
+        bounded_steps=bounded_steps,
     )
     assert [step_size for step_size, _ in history] == pytest.approx(step_sizes, rel=1e-9)
     assert [loss for _, loss in history] == pytest.approx(losses, rel=1e-8)
@@ -144,14 +151,23 @@ def test_the_default_follows_its_reference(initial_step_size, growth_factor, lrs
     assert_follows_the_default(make_net(), net_loss, lrs, **settings)
 
 
-def test_the_default_raises_what_is_far_too_small_as_its_reference_does():
-    def loss_of(net, k, parameters=None):
-        return net_loss(net, k, parameters, offset=2.0).sqrt()  # as steep far away as near
+def steep(net, k, parameters=None):
+    return net_loss(net, k, parameters, offset=2.0).sqrt()  # as steep far away as near
 
-    step_sizes = assert_follows_the_default(make_net(), loss_of, [1.0] * 100)
+
+def test_the_default_raises_what_is_far_too_small_as_its_reference_does():
+    step_sizes = assert_follows_the_default(make_net(), steep, [1.0] * 100)
     ratios = [after / before for before, after in itertools.pairwise(step_sizes[4:])]
     assert max(ratios) > 2  # doubled
     assert any(1.03**1.3 < ratio < 1.03**2.7 for ratio in ratios)  # and raised twice as fast
+
+
+@pytest.mark.parametrize("initial_step_size", [0.1, 10.0])
+def test_the_bound_of_the_default_falls_as_that_of_its_reference(initial_step_size, monkeypatch):
+    monkeypatch.setattr(PathGrowth, "bounded_steps", 5)
+    settings = {"initial_step_size": initial_step_size, "bounded_steps": 5}
+    step_sizes = assert_follows_the_default(make_net(), steep, [1.0] * 100, **settings)
+    assert step_sizes[-1] / step_sizes[-2] == pytest.approx(math.sqrt(99 / 100))
 
 
 def overshooting(net, **settings):

@@ -166,6 +166,20 @@ def test_it_grows_to_a_share_of_the_first_weights_at_most(before, after):
     assert growth.follow(state, step_size, 1.0)[1] <= max(before, 0.0225) + 1e-12  # the scale is kept
 
 
+@pytest.mark.parametrize(("is_searched", "largest"), [(True, 0.45 * 0.05), (False, 0.01)])
+def test_in_the_end_the_largest_step_size_falls_as_one_over_the_root_of_the_steps(is_searched, largest):
+    growth = PathGrowth()
+    state = dataclasses.replace(growth.init(0.0), steps=1599, weight_scale=0.05, has_gone_back=True)
+
+    def after(before):
+        return growth.follow(state, before, 1.0, is_searched)[1]
+
+    bound = largest * math.sqrt(400 / 1600)
+    assert after(0.99 * bound) == pytest.approx(bound)
+    assert after(0.5) == pytest.approx(0.5 * math.sqrt(1599 / 1600))  # what is above it is not cut
+    assert after(0.1 * bound) > 0.1 * bound * 1.03
+
+
 @pytest.mark.parametrize(("path_slope", "largest"), [(1.0, 0.0225), (-1.0, 0.0)])
 def test_a_search_may_double_what_is_far_too_small_until_one_has_backtracked(path_slope, largest):
     growth = PathGrowth()
@@ -210,7 +224,7 @@ def test_before_the_common_step_size_has_overshot_tensors_share_it():
     common, _ = growth.follow(growth.init(0.1), 0.1, 1.0)
     tensor = TensorState()
     for _ in range(10):
-        tensor = growth.follow_tensor(tensor, PathSlope(-1.0, -1.0), common, 0.0, is_hidden=False)
+        tensor = growth.follow_tensor(tensor, PathSlope(-1.0, -1.0), common, is_hidden=False)
     assert (tensor.log_multiplier, tensor.multiplier, tensor.shrinking_steps) == (0.0, 1.0, -1)
     assert tensor.path_slope == -1.0
 
@@ -220,10 +234,10 @@ def test_a_tensor_follows_its_own_path_slopes_from_then_on():
     common, tensor, log = overshot(growth), TensorState(), 0.0
     for k in range(45):
         path_slope = 1.0 if k < 30 else -1.0
-        tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, -0.01, is_hidden=False)
+        tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, is_hidden=False)
         gain = 40 / (40 + max(tensor.shrinking_steps, 0))
         r = (tensor.settled_path_slope + tensor.path_slope) / 2
-        lead = math.log(1.03) * gain * (r + 0.3) + 0.01
+        lead = math.log(1.03) * gain * (r + 0.3) - growth.log_growth(common, common)
         log += max(lead - math.log(1.03) * gain * 0.3, 0.0) if lead > 0 else lead
         assert tensor.log_multiplier == pytest.approx(log)
         assert abs(math.log(tensor.multiplier) - log) <= math.log(2) / 8 + 1e-12
@@ -238,9 +252,7 @@ def test_a_multiplier_grows_only_by_what_its_tensors_lead_exceeds(before):
     common = overshot(growth)
     common = dataclasses.replace(common, mean_slope=-0.2, settled_slope=-0.2, shrinking_steps=20, **sizes)
     tensor = TensorState(mean_slope=before, settled_slope=before, log_multiplier=0.5, shrinking_steps=20, **sizes)
-    tensor = growth.follow_tensor(
-        tensor, PathSlope(before, before), common, growth.log_growth(common, common), is_hidden=True
-    )
+    tensor = growth.follow_tensor(tensor, PathSlope(before, before), common, is_hidden=True)
     gain = 40 / (40 + tensor.shrinking_steps)
     lead = gain * (tensor.path_slope + 0.3) - 40 / 60 * 0.1  # over the growth of all hidden matrices
     lead = lead if lead < 0 else max(lead - 0.3 * gain, 0.0)
@@ -248,15 +260,24 @@ def test_a_multiplier_grows_only_by_what_its_tensors_lead_exceeds(before):
     assert (tensor.log_multiplier > 0.5) == (before > 0.1)
 
 
+def test_nothing_leads_where_a_bound_holds_the_common_step_size():
+    growth = PathGrowth()
+    common = dataclasses.replace(overshot(growth), weight_scale=0.1)
+    averages = {field.name: getattr(common, field.name) for field in dataclasses.fields(PathAverages)}
+    tensor, step_size = TensorState(**averages), 0.045
+    for _ in range(100):
+        common, step_size = growth.follow(common, step_size, 1.0)
+        tensor = growth.follow_tensor(tensor, PathSlope(1.0, 1.0), common, is_hidden=True)
+    assert (step_size, tensor.multiplier) == (pytest.approx(0.045), 1.0)
+
+
 @pytest.mark.parametrize(("is_hidden", "largest"), [(True, 4.0), (False, 32.0)])
 def test_a_multiplier_stays_within_its_bounds(is_hidden, largest):
     growth = PathGrowth()
-    common, tensor = overshot(growth), TensorState()
+    common, tensor = dataclasses.replace(overshot(growth), mean_slope=0.0, settled_slope=0.0), TensorState()
     for path_slope, bound in ((1.0, largest), (-1.0, 1.0)):
-        for _ in range(2000):
-            tensor = growth.follow_tensor(
-                tensor, PathSlope(path_slope, path_slope), common, 0.001 * (bound == 1.0), is_hidden=is_hidden
-            )
+        for _ in range(4000):
+            tensor = growth.follow_tensor(tensor, PathSlope(path_slope, path_slope), common, is_hidden=is_hidden)
         assert tensor.log_multiplier == pytest.approx(math.log(bound))
 
 
@@ -264,7 +285,7 @@ def test_of_a_tensor_without_path_slopes_nothing_is_known():
     growth = PathGrowth()
     common, tensor = overshot(growth), TensorState()
     for _ in range(50):
-        tensor = growth.follow_tensor(tensor, PathSlope(0.0, 0.0), common, 0.01, is_hidden=False)
+        tensor = growth.follow_tensor(tensor, PathSlope(0.0, 0.0), common, is_hidden=False)
     assert tensor.multiplier == 1.0
 
 
@@ -272,7 +293,7 @@ def test_a_largest_multiplier_bounds_it_too():
     growth = PathGrowth()
     common, tensor = overshot(growth), TensorState(log_multiplier=math.log(8))
     for largest, expected in ((2.0, 2.0), (0.5, 1.0)):
-        bounded = growth.follow_tensor(tensor, PathSlope(1.0, 1.0), common, 0.0, is_hidden=False, largest=largest)
+        bounded = growth.follow_tensor(tensor, PathSlope(1.0, 1.0), common, is_hidden=False, largest=largest)
         assert bounded.multiplier == expected
 
 
