@@ -2,8 +2,11 @@ import importlib.util
 import json
 import math
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ def load(name):
 study = load("study")  # the others import it
 slope, batch_noise, irregular_landscape = load("slope"), load("batch_noise"), load("irregular_landscape")
 directions, surrogate, path_sample = load("directions"), load("surrogate"), load("path_sample")
+grid_slopes = load("grid_slopes")
 
 
 def run(module, monkeypatch, folder, *flags):
@@ -33,7 +37,7 @@ def run(module, monkeypatch, folder, *flags):
     return json.loads(folder.joinpath(f"{module.__name__}.json").read_text())
 
 
-STUDIED = (slope, batch_noise, irregular_landscape, directions, surrogate)
+STUDIED = (slope, batch_noise, irregular_landscape, directions, surrogate, grid_slopes)
 
 
 @pytest.mark.parametrize("module", STUDIED, ids=lambda module: module.__name__)
@@ -221,3 +225,67 @@ def test_the_page_on_the_sample_holds_the_table_of_its_numbers():
         for row in one["rows"]:
             sampled, all_of_it = (one["slopes"][name][:followed] for name in (str(row["size"]), "all"))
             assert path_sample.row_of(row["size"], sampled, all_of_it) == pytest.approx(row)
+
+
+def test_slopes_of_the_grid_are_those_of_the_definition():
+    """Ten steps of AdamW, whose weights and gradients are all kept and looked at afterwards."""
+    torch.manual_seed(1)
+    embedding, layer = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 3)
+    model = torch.nn.Sequential(embedding, layer).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    recorder, state, control = grid_slopes.SlopeRecorder(), SimpleNamespace(max_steps=20), SimpleNamespace()
+    control.should_training_stop = False
+    recorder.on_train_begin(None, state, control, model=model, optimizer=optimizer)
+    kinds = {"others": embedding.weight, "hidden": layer.weight, "vectors": layer.bias}
+    weights, gradients = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+    for step in range(10):
+        rows, targets = torch.randint(8, (5,)), torch.randint(3, (5,))
+        optimizer.zero_grad()
+        cross_entropy(model(rows), targets).backward()
+        for kind, p in kinds.items():
+            weights[kind].append(p.detach().clone())
+            gradients[kind].append(p.grad.clone())
+        optimizer.step()
+        state.global_step = step
+        recorder.on_optimizer_step(None, state, control, optimizer=optimizer)
+        state.global_step = step + 1
+        assert not control.should_training_stop
+        recorder.on_step_end(None, state, control)
+    assert control.should_training_stop
+    for kind, p in kinds.items():
+        w, g, sums = [*weights[kind], p.detach()], gradients[kind], recorder.sums[kind]
+        for k in range(10):
+            path = (g[k] * (w[0] - w[k])).sum().item()
+            settled = path - 3 * (g[k] * (w[max(k - 1, 0)] - w[k])).sum().item()
+            v = sum(0.001 * 0.999 ** (k - i) * g[i] ** 2 for i in range(k + 1)) / (1 - 0.999 ** (k + 1))
+            expected = {
+                "path": path,
+                "path_size": abs(path),
+                "settled": settled,
+                "settled_size": abs(settled),
+                "gradient": 0.1 * (g[k] ** 2 / (v.sqrt() + 1e-8)).sum().item(),
+                "predicted": (g[k] * (w[k] - w[k + 1])).sum().item(),
+            }
+            assert {name: values[k] for name, values in sums.items()} == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_half_of_a_recipe_is_recorded(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(STUDIES)  # where the other process finds it
+    flags = {"optim": "adamw_torch", "max_steps": "20", "do_train": "true", "output_dir": str(tmp_path / "out")}
+    argv = [str(STUDIES.parent / "run_image_classification.py")]
+    argv += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        sums = pool.submit(grid_slopes.record, argv).result()
+    assert json.loads(tmp_path.joinpath("out/trainer_state.json").read_text())["global_step"] == 10
+    for kind in grid_slopes.KINDS:
+        assert [len(values) for values in sums[kind].values()] == [10] * 6
+        assert all(value > 0 for value in sums[kind]["gradient"])
+    one = {"task": "digits", "learning_rate": 0.003, "loss": 1.0, "sums": sums}
+    (row,) = grid_slopes.summarize([one])
+    assert sum(row["late"][kind]["share"] for kind in grid_slopes.KINDS) == pytest.approx(1)
+
+
+def test_a_rate_that_the_sweep_lacks_is_refused_before_training(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"digits has no run at 0\.5, which .*compare\.py --tasks digits"):
+        run(grid_slopes, monkeypatch, tmp_path, "--tasks", "digits", "--learning_rates", "0.5")
+    assert not any(tmp_path.iterdir())
