@@ -1,12 +1,14 @@
-"""The closure of a step: the loss of its batch, and a check that the gradients it computes are those of that loss."""
+"""The closure of a step: the loss of its batch, and checks that its gradients are those of that loss."""
 
+import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .shards import grad_of
+from .shards import grad_of, to_floats
 
 Closure = Callable[[], Tensor | float]
 
@@ -96,6 +98,46 @@ def compute_loss(
     return loss, any(fresh)
 
 
+def loss_of(closure: Closure) -> float:
+    """Return the loss of a closure that has no backward pass, as a number.
+
+    Args:
+        closure (`Callable[[], Tensor]`): The closure, which is called once.
+
+    Raises:
+        RuntimeError: If it has one.
+        TypeError: If it does not return a tensor or a number.
+        ValueError: If it returns a tensor of more than one element.
+    """
+    try:
+        loss = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "The closure calls backward() though step() was given the loss: leave out one of the two."
+        ) from error
+    check_loss(loss)
+    (number,) = to_floats([loss])
+    return number
+
+
+def warn_unless_repeated(closure: Closure, loss: float) -> None:
+    """Warn of a closure that returns another loss than that of the gradients, though no weight has moved.
+
+    Args:
+        closure (`Callable[[], Tensor]`): The closure, which is called once.
+        loss (`float`): The loss that the gradients came from.
+    """
+    again = loss_of(closure)
+    if not abs(again - loss) <= 1e-3 * abs(loss) + 1e-6:
+        warnings.warn(
+            f"ALSALS: the closure returns {again:g} where the loss is {loss:g}, with the weights unmoved: it must "
+            "repeat the batch that the gradients came from; with dropout make it a LossReplay.",
+            stacklevel=5,
+        )
+
+
 def _call_first(closure: Closure) -> Tensor | float:
     try:
         return closure()
@@ -104,3 +146,24 @@ def _call_first(closure: Closure) -> Tensor | float:
             raise
         with torch.enable_grad():
             return closure()
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless a loss is a scalar.
+
+    Args:
+        loss (`Any`): What a closure returned.
+
+    Raises:
+        TypeError: If it is neither a tensor nor a number, or complex.
+        ValueError: If it is a tensor of more than one element.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
+        if loss.is_complex():
+            raise TypeError(f"The loss must be real, got a tensor of {loss.dtype}.")
+    elif loss is None:
+        raise TypeError("The loss must be a tensor or a number, got NoneType: the closure has to return it.")
+    elif isinstance(loss, bool) or not isinstance(loss, Real):
+        raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")

@@ -199,11 +199,11 @@ class Direction:
 
         Args:
             chunk (`Chunk`): The chunk.
-            step_size (`float`): The step size, without a learning rate.
+            step_size (`float`): The step size of its group.
             momentum (`bool`): As `slope` takes it.
 
         Returns:
-            `list[Tensor]`: The part of `<g, d>` of each of its pieces, a scalar.
+            `list[Tensor]`: The part of `<g, d>` of each of its pieces, a scalar, before the group's learning rate.
         """
         self.accumulate(chunk)
         products = self.products(chunk, momentum)
@@ -214,12 +214,14 @@ class Direction:
     def slope(self, momentum: bool = True) -> list[Tensor]:
         """Return the parts of `<g, d>`, a scalar for each parameter group that has gradients.
 
+        `d` is what a probe moves along: that of a group is scaled by its `lr` over the largest one.
+
         Args:
             momentum (`bool`, defaults to `True`): Whether the momentum of earlier gradients is part of `d`; without,
                 it is the preconditioned slope of arXiv 2407.20650.
         """
         return [
-            self._sum([product for chunk in chunks for product in self.products(chunk, momentum)], chunks)
+            self._slope_of(chunks, [product for chunk in chunks for product in self.products(chunk, momentum)])
             for chunks in self._chunks
         ]
 
@@ -245,7 +247,7 @@ class Direction:
         """Do `update`, `slope`, `save` and `move` in fewer passes over memory.
 
         Args:
-            step_size (`float`): The step size to move to, before the learning rates of the groups.
+            step_size (`float`): The step size to move to, before the largest of the groups' learning rates.
             momentum (`bool`, defaults to `True`): As `slope` takes it.
 
         Returns:
@@ -263,8 +265,8 @@ class Direction:
         for chunks in self._chunks:
             products = []
             for chunk in chunks:
-                products += self.update_save_and_move(chunk, step_size, momentum)
-            slopes.append(self._sum(products, chunks))
+                products += self.update_save_and_move(chunk, self._ratio(chunk.group) * step_size, momentum)
+            slopes.append(self._slope_of(chunks, products))
         self._moved = step_size, self._versions()
         return slopes
 
@@ -281,10 +283,10 @@ class Direction:
         """Move the parameters to `w - step_size * d`, from where they were at `save` or, without one, are.
 
         Args:
-            step_size (`float`): The step size, before the learning rates of the groups.
+            step_size (`float`): The step size, before the largest of the groups' learning rates.
         """
         for chunk in self._all_chunks():
-            self._move(chunk, step_size, decay=0.0)
+            self._move(chunk, self._ratio(chunk.group) * step_size, decay=0.0)
         self._moved = step_size, self._versions()
 
     @torch.no_grad()
@@ -322,11 +324,16 @@ class Direction:
         if self._moved is None or not self.is_saved:
             return False
         moved, versions = self._moved
-        steps = (self._scaled(group, step_size) for group in self.param_groups)
-        return all(step == (moved, 0.0) for step in steps) and versions == self._versions()
+        is_step = (self._scaled(group, step_size) == (self._ratio(group) * moved, 0.0) for group in self.param_groups)
+        return all(is_step) and versions == self._versions()
 
     def _versions(self) -> list[int]:
         return [p._version for p in self._locals()]  # counts changes in place
+
+    def _ratio(self, group: dict[str, Any]) -> float:
+        """Return the learning rate of a group over the largest: a probe moves groups in proportion, as a step does."""
+        largest = max(float(other["lr"]) for other in self.param_groups)
+        return float(group["lr"]) / largest if largest > 0 else 1.0
 
     @staticmethod
     def _scaled(group: dict[str, Any], step_size: float) -> tuple[float, float]:
@@ -385,9 +392,10 @@ class Direction:
         """
         return self.products(chunk)
 
-    @staticmethod
-    def _sum(products: list[Tensor], chunks: list[Chunk]) -> Tensor:
-        return sum_over_shards(products, [owner for chunk in chunks for owner in chunk.owners])
+    def _slope_of(self, chunks: list[Chunk], products: list[Tensor]) -> Tensor:
+        """Return the part of `<g, d>` of a group, of which a probe moves the ratio of its learning rate."""
+        owners = [owner for chunk in chunks for owner in chunk.owners]
+        return self._ratio(chunks[0].group) * sum_over_shards(products, owners)
 
     def _refuse_shared_memory(self) -> None:
         if any(shared and is_dense(p) for p, shared in zip(self._locals(), overlapping(self._locals()))):

@@ -1,14 +1,13 @@
 """The line that a search moves on: the loss along the direction."""
 
 from collections.abc import Callable
-from numbers import Real
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from .closure import loss_of
 from .direction import Direction
 from .shards import to_floats
 
@@ -91,10 +90,7 @@ class Line:
     def _loss_there(self) -> float:
         torch.clear_autocast_cache()  # within an outer autocast it holds the weights of the training forward pass
         with record_function("ALSALS.probe"):
-            loss = self.closure()
-        check_loss(loss)
-        (number,) = to_floats([loss])
-        return number
+            return loss_of(self.closure)
 
     def move(self, step_size: float) -> None:
         """Take the optimizer step: `step_size` times each group's `lr`, with its weight decay.
@@ -124,24 +120,3 @@ class Line:
     ) -> None:
         if error_type is not None:
             self.direction.restore()
-
-
-def check_loss(loss: Any) -> None:
-    """Raise unless a loss is a scalar.
-
-    Args:
-        loss (`Any`): What a closure returned.
-
-    Raises:
-        TypeError: If it is neither a tensor nor a number, or complex.
-        ValueError: If it is a tensor of more than one element.
-    """
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(f"The loss must be a scalar, got a tensor of shape {list(loss.shape)}.")
-        if loss.is_complex():
-            raise TypeError(f"The loss must be real, got a tensor of {loss.dtype}.")
-    elif loss is None:
-        raise TypeError("The loss must be a tensor or a number, got NoneType: the closure has to return it.")
-    elif isinstance(loss, bool) or not isinstance(loss, Real):
-        raise TypeError(f"The loss must be a tensor or a number, got {type(loss).__name__}.")

@@ -9,7 +9,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard
 
 from .optimizer import ALSALS
-from .presets import PRESETS
+from .presets import METHOD_VERSION, PRESETS
 from .version import __version__
 
 # What transformers 5.0 to 5.24 writes of a model that was not loaded from anywhere, or from a local path.
@@ -88,7 +88,8 @@ def add_search_to_card(path: str, optim: str, alsals: ALSALS, steps: int, train_
         "last step size": f"{alsals.step_size:.4g}",
         "probes per step": f"{alsals.search.total_probes / max(steps, 1):.2f}",
         "steps skipped (loss or gradient not finite)": str(alsals.skipped_steps),
-        "versions": f"hf_alsals {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+        "versions": f"hf_alsals {__version__} (method {METHOD_VERSION}), transformers {transformers.__version__}, "
+        f"torch {torch.__version__}",
     }
     if train_seconds:
         rows["share of the time in the search"] = f"{alsals.search_seconds / train_seconds:.0%}"

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_number
-from .closure import Closure, ReplayedLoss, check_closure, compute_loss, is_replayed
+from .closure import Closure, ReplayedLoss, check_closure, check_loss, compute_loss, is_replayed, warn_unless_repeated
 from .direction import Direction, hidden_matrices, state_dtype
-from .line import SLOPES, Line, check_loss
+from .line import SLOPES, Line
 from .line_search import LineSearch, SearchState
 from .optimizer_direction import direction_of
 from .path_growth import PathGrowth, PathGrowthState, PathSlope, TensorState
@@ -129,6 +129,7 @@ class ALSALS(torch.optim.Optimizer):
     """
 
     max_consecutive_skips = 10
+    most_rejections = 10
     _copied = (
         "line_search",
         "search",
@@ -140,6 +141,7 @@ class ALSALS(torch.optim.Optimizer):
         "skipped_steps",
         "consecutive_skips",
         "_closure_has_backward",
+        "_rejections",
     )
 
     def __init__(
@@ -164,12 +166,6 @@ class ALSALS(torch.optim.Optimizer):
             raise ValueError(
                 f'slope must be "exact" or "finite_difference" along {direction.description}, got {slope!r}.'
             )
-        if isinstance(lr, (int, float)) and 0 < lr < 0.1:
-            warnings.warn(
-                f"ALSALS: lr multiplies the step size that is found, and {lr:g} makes it much smaller: leave it out, "
-                "or keep it near 1.",
-                stacklevel=2,
-            )
         self.slope_method = slope
         self.direction = direction
         self.line_search = line_search
@@ -181,7 +177,14 @@ class ALSALS(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self._closure_has_backward = False
+        self._rejections = 0
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if 0 < (largest := max(float(group["lr"]) for group in self.param_groups)) < 0.1:
+            warnings.warn(
+                f"ALSALS: lr multiplies the step size that is found, and {largest:g} makes it much smaller: leave it "
+                "out, or keep the largest of the parameter groups near 1.",
+                stacklevel=2,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group.
@@ -315,7 +318,7 @@ class ALSALS(torch.optim.Optimizer):
             RuntimeError: If there is no closure, it adds to gradients that were there or changes those it computed, a
                 gradient is sparse, or the loss or a gradient was not finite in ten steps in a row.
             TypeError: If the closure cannot be called, or the loss is not a real number.
-            ValueError: If the loss is not a scalar, or a learning rate is not finite.
+            ValueError: If the loss is not a scalar, or a learning rate is negative or not finite.
         """
         if torch.compiler.is_compiling():  # dynamo takes an error for a graph break, and calls the step as it is
             raise RuntimeError("ALSALS.step() cannot be compiled: compile the model.")
@@ -330,6 +333,10 @@ class ALSALS(torch.optim.Optimizer):
         if not start.is_finite:
             self._skip()
         elif direction.params:
+            is_plain = not is_replayed(closure)
+            is_first = not (self.search.is_initialized or self.search.initial_searches)
+            if is_plain and is_first and not self._closure_has_backward:
+                warn_unless_repeated(closure, self.loss)
             begin, self.consecutive_skips = time.perf_counter(), 0
             followed, tensors = self._follow(direction, start)
             with Line(direction, closure, self.loss, start.clip_coef, self.slope_method) as line:
@@ -338,7 +345,9 @@ class ALSALS(torch.optim.Optimizer):
                 line.move(self.search.taken)
             self.tensors |= tensors
             if self.search.is_blind and self.searched:
-                warnings.warn(f"ALSALS: {HIDDEN_GRADIENT}.", stacklevel=3)
+                warnings.warn(f"ALSALS: {HIDDEN_GRADIENT}.", stacklevel=4)
+            if is_plain and self.searched:
+                self._warn_of_rejections()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -537,17 +546,34 @@ class ALSALS(torch.optim.Optimizer):
 
     @staticmethod
     def _hidden_matrices(direction: Direction) -> list[Tensor]:
-        return [p for p in direction.hidden_matrices if p.grad is not None]
+        # A group whose lr has been 0 throughout has no path.
+        moving = [group for group in direction.param_groups if group["peak_lr"] > 0] or direction.param_groups
+        moved = {id(p) for group in moving for p in group["params"]}
+        return [p for p in direction.hidden_matrices if p.grad is not None and id(p) in moved]
 
     def _lr_fraction(self) -> float:
         # Groups may have schedules of their own: it anneals when it does so for all of them.
         for group in self.param_groups:
-            if not math.isfinite(lr := float(group["lr"])):
-                raise ValueError(f"lr must be a finite number in every step, got {lr}: look at the schedule.")
-            group["peak_lr"] = max(group.get("peak_lr", 0.0), lr)
+            lr, peak = float(group["lr"]), group.get("peak_lr", 0.0)
+            # The last rate of some of torch's schedules is 0 but for rounding.
+            if not (math.isfinite(lr) and lr >= -1e-6 * peak):
+                raise ValueError(f"lr must be finite and at least 0 in every step, got {lr}: look at the schedule.")
+            group["peak_lr"] = max(peak, lr)
         return max(
             (float(group["lr"]) / group["peak_lr"] for group in self.param_groups if group["peak_lr"] > 0), default=1.0
         )
+
+    def _warn_of_rejections(self) -> None:
+        """Warn once many searches in a row have accepted nothing; in the Trainer its own checks do so."""
+        is_rejected = not self.search.accepted and self.probes > 0
+        self._rejections = self._rejections + 1 if is_rejected else 0
+        if self._rejections == self.most_rejections:
+            warnings.warn(
+                f"ALSALS: no step size met the condition in {self._rejections} searches in a row, down to "
+                f"{self.search.smallest_probe:.1e}: see whether the closure returns the loss that the gradients are "
+                "of, and whether that is finite.",
+                stacklevel=5,
+            )
 
     def _skip(self) -> None:
         self.skipped_steps += 1

@@ -42,7 +42,7 @@ class SearchLogMixin(TrainerMixinBase):
             is_own = logs["learning_rate"] in (of_step, of_next)
             logs["lr_multiplier"] = logs["learning_rate"] if is_own else of_step
             if is_own:
-                logs["learning_rate"] = logs["step_size"]
+                logs["learning_rate"] = logs["step_size"] * logs["lr_multiplier"]
             for kind, sizes in self.alsals.step_sizes().items():
                 quartiles = statistics.quantiles(sizes, n=4, method="inclusive") if len(sizes) > 1 else sizes * 3
                 logs |= zip((f"step_size_{kind}_q1", f"step_size_{kind}", f"step_size_{kind}_q3"), quartiles)

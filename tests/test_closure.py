@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from small_problems import (
     single,
     snapshot,
 )
+
+from hf_alsals import ALSALS
 
 
 class Replay:
@@ -474,3 +477,73 @@ def test_an_error_of_the_closures_own_is_not_taken_for_a_backward_pass():
     w = with_gradient(single([1.0]))
     with pytest.raises(RuntimeError, match="out of memory"):
         ConstantALSALS([w]).step(lambda: (_ for _ in ()).throw(RuntimeError("out of memory")))
+
+
+def test_a_closure_with_backward_beside_a_loss_is_told_so():
+    w = single([1.0, 2.0])
+    optimizer = ALSALS([w])
+    loss = (w**2).sum()
+    loss.backward()
+
+    def closure():
+        again = (w**2).sum()
+        again.backward()
+        return again
+
+    with pytest.raises(RuntimeError, match=r"calls backward\(\) though step\(\) was given the loss: leave out one"):
+        optimizer.step(closure, loss)
+    assert w.tolist() == [1.0, 2.0]
+
+
+def warnings_of(closure_of, steps=3):
+    """Take steps on a net with dropout, with a closure that is made of its loss, and return what was warned of."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
+    optimizer = ALSALS(net.parameters())
+    x = torch.randn(32, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            closure = closure_of(lambda: (net(x) - x[:, :1]).square().mean(), net)
+            loss = closure()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(closure, loss)
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_closure_with_dropout_is_warned_of():
+    message, *_ = warnings_of(lambda loss_of, net: loss_of, steps=1)
+    assert "where the loss is" in message and "LossReplay" in message
+
+
+def test_a_closure_that_repeats_its_loss_is_not_warned_of():
+    def without_dropout(loss_of, net):
+        net.eval()
+        return loss_of
+
+    def with_a_seed(loss_of, net):
+        def closure():
+            torch.manual_seed(2)
+            return loss_of()
+
+        return closure
+
+    assert warnings_of(without_dropout) == warnings_of(with_a_seed) == []
+
+
+def test_probes_that_are_never_accepted_are_warned_of():
+    def closure_of(loss_of, net):
+        net.eval()
+        calls = []
+
+        def closure():
+            calls.append(None)
+            return loss_of() if len(calls) <= 2 else loss_of() * math.nan  # the first two are at the start
+
+        return closure
+
+    messages = warnings_of(closure_of, steps=12)
+    assert any("no step size met the condition in 10 searches in a row" in message for message in messages)
+    assert len(messages) <= 2

@@ -330,6 +330,7 @@ def swept_runs():
         run_of("adamw", 3e-3, 3.0, 1),  # by luck
         run_of("adamw", 3e-4, 5.0, 1),
         *(run_of("alsals", None, loss, seed) for seed, loss in ((1, 4.1), (2, 4.0))),
+        run_of("prodigy", None, 4.305, 1),
         run_of("adamw", 3e-4, 2.0, 1, task="t5"),
         run_of("adamw", 1e-3, 2.2, 1, task="t5"),
         run_of("alsals", None, 1.9, 1, task="t5", version=matrix.METHOD_VERSION - 1),
@@ -349,6 +350,8 @@ def test_regret_is_that_over_the_best_of_most_seeds_of_a_sweep_by_todays_version
     assert (by_task["bert-mlm"][3], by_task["t5"][3]) == ("+5.1 %", "+10.0 %")
     assert by_task["bert-mlm"][4] == "+1.3 %"  # 4.0, on seed 2, over 3.95
     assert by_task["t5"][4] == f"-5.0 % v{matrix.METHOD_VERSION - 1}"
+    # Run on seed 1 alone, and so held against AdamW's 4.1 there.
+    assert by_task["bert-mlm"][4 + tables.PROFILE.index("prodigy")] == "+5.0 %"
     assert "gpt2-wide" not in by_task
     assert by_task["**mean in loss**"][3:5] == ["+7.5 % (+5.1 to +10.0), 2 tasks", "+1.3 %, 1 task"]
     assert by_task["**worst in loss**"][3:5] == ["+10.0 %, 2 tasks", "+1.3 %, 1 task"]
@@ -374,7 +377,8 @@ def test_the_steps_that_adamw_needs_are_between_its_lengths(loss, expected):
 def test_the_one_rate_is_the_best_where_the_sweep_is_whole_and_not_the_one_run_most(monkeypatch):
     monkeypatch.setattr(tables, "WHOLE_SWEEP", 2)
     mine = [run_of("adamw", 1e-3, 4.2, 1), run_of("adamw", 3e-3, 4.0, 1), run_of("adamw", 1e-3, 2.0, 1, task="t5")]
-    (row,) = tables.one_rate_rows(tables.summarize(mine)).values()
+    rows = tables.summarize(mine)
+    (row,) = tables.one_rate_rows(rows, rows).values()
     assert (row["task"], row["learning_rate"]) == ("bert-mlm", 3e-3)
 
 
@@ -397,6 +401,7 @@ def test_a_profile_is_that_of_the_tasks_that_adamw_and_todays_alsals_were_run_on
     monkeypatch.setattr(Figure, "legend", lambda figure, **style: None)
     tables.draw_profile(tables.summarize(swept_runs()), tmp_path / "profile.png")
     assert drawn["AdamW, swept (1 task)"] == ([1, 1.0, 2], [0, 1.0, 1.0])  # on T5 today's alsals was not run
+    assert drawn["prodigy (1 task)"][0][1] == pytest.approx(1.05)
     assert drawn["alsals (1 task)"] == ([1, pytest.approx(4.0 / 3.95), 2], [0, 1.0, 1.0])
     assert drawn["AdamW, one rate (1 task)"][0] == pytest.approx([1, 4.15 / 3.95, 2])
 

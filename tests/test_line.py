@@ -18,7 +18,8 @@ from small_problems import (
 from torch import nn
 
 from hf_alsals.adam import AdamDirection
-from hf_alsals.line import Line, check_loss
+from hf_alsals.closure import check_loss
+from hf_alsals.line import Line
 
 SLOPE_TOLERANCES = [("exact", 1e-10), ("preconditioned", 1e-10), ("finite_difference", 1e-5)]
 

@@ -432,6 +432,53 @@ def test_each_group_has_its_lr_and_decoupled_weight_decay():
             torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("direction", ["nadam", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probes_move_groups_in_proportion_to_their_lr(dtype, direction):
+    """So the last probe is what the step takes, where the largest lr is 1."""
+    params = [torch.nn.Parameter(torch.tensor(values, dtype=dtype)) for values in ([1.0, -2.0], [[3.0], [1.0]], [0.5])]
+    lrs = (1.0, 0.25, 0.0)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(params, lrs)]
+    optimizer = ALSALS(groups, direction=direction, search_interval=1)
+    moved = []
+
+    def closure():
+        moved.append([(p - start).detach().clone() for p, start in zip(params, before)])
+        return sum((p**2).sum() for p in params)
+
+    for _ in range(5):
+        before = snapshot(params)
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        gradients = [p.grad.clone() for p in params]
+        moved.clear()
+        optimizer.step(closure, loss)
+        unit = [(start - p.detach()) / optimizer.search.taken for p, start in zip(params, before)]
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+        expected = sum((g * d).sum().item() for g, d in zip(gradients, unit))
+        assert optimizer.slope == pytest.approx(expected, rel=tolerance)
+        assert optimizer.probes > 0
+        for way in moved[-optimizer.probes :]:
+            size = way[0].norm() / unit[0].norm()
+            for part, one in zip(way, unit):
+                torch.testing.assert_close(part, -size * one, rtol=tolerance, atol=tolerance * size.item())
+
+
+def test_a_group_whose_lr_is_0_is_as_good_as_frozen():
+    def trained(is_frozen):
+        net, still = make_net(), torch.nn.Parameter(torch.tensor([[30.0, 1.0]], dtype=torch.float64))
+        still.requires_grad_(not is_frozen)
+        groups = [{"params": list(net.parameters())}] + [{"params": [still], "lr": 0.0}] * (not is_frozen)
+        optimizer = ALSALS(groups)
+        # Sharp in what stands still: a probe that moved it would be rejected.
+        train(net, optimizer, range(60), lambda net, k: net_loss(net, k) + (still**4).sum())
+        assert still.tolist() == [[30.0, 1.0]]
+        return [*snapshot(net.parameters()), torch.tensor(optimizer.step_size)]
+
+    assert_identical(trained(is_frozen=False), trained(is_frozen=True))
+
+
 def test_probes_lie_on_the_line_without_lr_and_weight_decay():
     w = single([3.0, -2.0, 0.5])
     optimizer = ConstantALSALS([w], lr=0.3, weight_decay=0.2, beta3=0.0, initial_step_size=6.0)

@@ -108,6 +108,15 @@ def test_a_learning_rate_meant_for_adamw_is_warned_of(lr):
         ALSALS([single([1.0])], lr=lr)
 
 
+def test_learning_rates_of_groups_that_are_meant_for_adamw_are_warned_of():
+    groups = [{"params": [single([1.0])], "lr": 2e-5}, {"params": [single([1.0])], "lr": 1e-3}]
+    with pytest.warns(UserWarning, match=r"0\.001 makes it much smaller: .* the largest of the parameter groups"):
+        ALSALS(groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ALSALS([groups[0], {"params": [single([1.0])]}])  # the other one is at 1
+
+
 @pytest.mark.parametrize("lr", [0.0, 0.1, 1.0, 3.0])
 def test_a_multiplier_near_one_is_not_warned_of(lr):
     with warnings.catch_warnings():

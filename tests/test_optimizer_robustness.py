@@ -330,15 +330,15 @@ def test_a_learning_rate_that_is_a_tensor_is_that_number():
 
 
 @pytest.mark.parametrize("search_interval", [1, 100])
-@pytest.mark.parametrize("lr", [float("nan"), float("inf"), torch.tensor(float("nan"))], ids=str)
-def test_a_learning_rate_that_is_not_finite_midway_is_refused_and_moves_nothing(lr, search_interval):
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), torch.tensor(float("nan")), -0.1], ids=str)
+def test_a_learning_rate_that_is_negative_or_not_finite_midway_is_refused_and_moves_nothing(lr, search_interval):
     net = make_net()
     groups = [{"params": [net[0].weight]}, {"params": list(net.parameters())[1:]}]
     optimizer = ConstantALSALS(groups, search_interval=search_interval)
     train(net, optimizer, range(2))
     optimizer.param_groups[1]["lr"] = lr
     before = snapshot(net.parameters())
-    with pytest.raises(ValueError, match=r"lr must be a finite number in every step, got (nan|inf): look at the sch"):
+    with pytest.raises(ValueError, match=r"lr must be finite and at least 0 in every step, got (nan|inf|-0\.1): look"):
         train(net, optimizer, range(1))
     assert_identical(snapshot(net.parameters()), before)
 

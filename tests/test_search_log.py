@@ -22,7 +22,7 @@ def test_the_logs_carry_the_search_and_reach_the_trackers(tmp_path):
     logs = training_logs(trainer)
     assert [entry["lr_multiplier"] for entry in logs] == pytest.approx([4 / 6, 1 / 6])
     for entry, seen in zip(logs, reported):
-        assert entry["learning_rate"] == entry["step_size"] > 0
+        assert entry["learning_rate"] == entry["step_size"] * entry["lr_multiplier"] > 0
         assert {name: entry[name] for name in seen} == seen
     searched, annealed = logs
     assert searched["slope"] > 0

@@ -130,6 +130,8 @@ def run(args: CompareArguments, name: str, command: str, folders: dict[str, str]
             results = json.load(file)
     logged = ("step", "loss", "learning_rate", "lr_multiplier", "probes")
     logs = [entry for entry in state["log_history"] if "loss" in entry]
+    for entry in logs:
+        entry["learning_rate"] = entry.get("step_size", entry["learning_rate"])  # that before lr_multiplier
     curve = [{key: entry[key] for key in logged if key in entry} for entry in logs]
     line = {
         "key": matrix.key_of(options, method_version),
