@@ -214,7 +214,7 @@ class Direction:
     def slope(self, momentum: bool = True) -> list[Tensor]:
         """Return the parts of `<g, d>`, a scalar for each parameter group that has gradients.
 
-        `d` is what a probe moves along: that of a group is scaled by its `lr` over the largest one.
+        `d` is what a probe moves along: that of a group is scaled as its `lr` wants.
 
         Args:
             momentum (`bool`, defaults to `True`): Whether the momentum of earlier gradients is part of `d`; without,
@@ -247,7 +247,7 @@ class Direction:
         """Do `update`, `slope`, `save` and `move` in fewer passes over memory.
 
         Args:
-            step_size (`float`): The step size to move to, before the largest of the groups' learning rates.
+            step_size (`float`): The step size to move to, before the learning rate.
             momentum (`bool`, defaults to `True`): As `slope` takes it.
 
         Returns:
@@ -283,7 +283,7 @@ class Direction:
         """Move the parameters to `w - step_size * d`, from where they were at `save` or, without one, are.
 
         Args:
-            step_size (`float`): The step size, before the largest of the groups' learning rates.
+            step_size (`float`): The step size, before the learning rate.
         """
         for chunk in self._all_chunks():
             self._move(chunk, self._ratio(chunk.group) * step_size, decay=0.0)
@@ -331,9 +331,15 @@ class Direction:
         return [p._version for p in self._locals()]  # counts changes in place
 
     def _ratio(self, group: dict[str, Any]) -> float:
-        """Return the learning rate of a group over the largest: a probe moves groups in proportion, as a step does."""
-        largest = max(float(other["lr"]) for other in self.param_groups)
-        return float(group["lr"]) / largest if largest > 0 else 1.0
+        """Return by what a probe scales a group: groups move in proportion to their learning rates, as in a step.
+
+        It is over the largest of those that are at most 1, schedule apart: that one multiplies what is found.
+        """
+        rates = [(float(other.get("initial_lr", other["lr"])), float(other["lr"])) for other in self.param_groups]
+        moving = [(initial, lr) for initial, lr in rates if lr > 0]
+        shares = [lr for initial, lr in moving if initial <= 1]
+        reference = max(shares) if shares else min((lr for _, lr in moving), default=0.0)
+        return float(group["lr"]) / reference if reference > 0 else 1.0
 
     @staticmethod
     def _scaled(group: dict[str, Any], step_size: float) -> tuple[float, float]:
