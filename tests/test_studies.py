@@ -289,3 +289,15 @@ def test_a_rate_that_the_sweep_lacks_is_refused_before_training(monkeypatch, tmp
     with pytest.raises(SystemExit, match=r"digits has no run at 0\.5, which .*compare\.py --tasks digits"):
         run(grid_slopes, monkeypatch, tmp_path, "--tasks", "digits", "--learning_rates", "0.5")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((1.0, 0.0, -0.6), f"{10**0.5:.2g}"), ((-0.4, -0.5, -0.6), "below 0.1"), ((1.0, 0.5, 0.0), "above 10")],
+)
+def test_a_crossing_is_between_rates_by_their_logarithms(values, expected):
+    rows = [
+        {"learning_rate": rate, "is_best": rate == 1e-2, "late": {"hidden": {"r": value}}}
+        for rate, value in zip((1e-3, 1e-2, 1e-1), values, strict=True)
+    ]
+    assert grid_slopes.crossing(rows, lambda of: of["r"]) == expected

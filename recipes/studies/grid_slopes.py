@@ -12,8 +12,10 @@ import runpy
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -38,6 +40,12 @@ SCHEDULE = "adamw, warmup_stable_decay"
 KINDS = ("hidden", "vectors", "others")
 SUMS = ("path", "path_size", "settled", "settled_size", "gradient", "predicted")
 WINDOWS = 20  # of a whole training
+LEVEL = -0.3  # where the rule of `alsals` stands still
+STATISTICS: dict[str, Callable[[dict[str, float]], float]] = {
+    "r": lambda of: of["r"],
+    "q": lambda of: of["q"],
+    "(r + q) / 2": lambda of: (of["r"] + of["q"]) / 2,
+}
 EARLY, LATE = range(2, 5), range(5, 10)  # after the warm-up to a quarter, and from there to half
 
 
@@ -200,8 +208,27 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def crossing(rows: list[dict[str, Any]], statistic: Callable[[dict[str, float]], float]) -> str:
+    """Return where a statistic of the hidden matrices first falls below `LEVEL`, late, over a task's best rate.
+
+    Between two rates it is by their logarithms.
+    """
+    best = next(row["learning_rate"] for row in rows if row["is_best"])
+    points = [(row["learning_rate"] / best, statistic(row["late"]["hidden"])) for row in rows]
+    if points[0][1] < LEVEL:
+        return f"below {points[0][0]:.2g}"
+    for (low, above), (high, below) in pairwise(points):
+        if below < LEVEL:
+            return f"{low * (high / low) ** ((above - LEVEL) / (above - below)):.2g}"
+    return f"above {points[-1][0]:.2g}"
+
+
 def table(report: dict[str, Any]) -> str:
-    """Return two Markdown tables: the spread of each statistic at the best rates, and all rows."""
+    """Return three Markdown tables: each statistic at the best rates, where it crosses a level, and all rows."""
+    by_task = {task: list(rows) for task, rows in groupby(report["rows"], lambda row: row["task"])}
+    crossings = [f"| | {' | '.join(by_task)} |", f"|{' --- |' * (1 + len(by_task))}"]
+    for name, statistic in STATISTICS.items():
+        crossings.append(f"| {name} | {' | '.join(crossing(rows, statistic) for rows in by_task.values())} |")
     best = [row for row in report["rows"] if row["is_best"]]
     spread = ["| of | when | r | q | rho |", "| --- | --- | --- | --- | --- |"]
     for kind in KINDS:
@@ -220,7 +247,7 @@ def table(report: dict[str, Any]) -> str:
         cells = [f"{row['late'][kind][name]:.2f}" for kind in KINDS for name in ("r", "q", "rho", "share")]
         rate = f"**{row['learning_rate']:g}**" if row["is_best"] else f"{row['learning_rate']:g}"
         lines.append(f"| {row['task']} | {rate} | {row['loss']:.3f} | {' | '.join(cells)} |")
-    return "\n\n".join(("\n".join(spread), "\n".join(lines)))
+    return "\n\n".join("\n".join(part) for part in (spread, crossings, lines))
 
 
 def draw(report: dict[str, Any], path: str) -> None:
