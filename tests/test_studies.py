@@ -282,7 +282,7 @@ def test_half_of_a_recipe_is_recorded(monkeypatch, tmp_path):
         assert all(value > 0 for value in sums[kind]["gradient"])
     one = {"task": "digits", "learning_rate": 0.003, "loss": 1.0, "sums": sums}
     (row,) = grid_slopes.summarize([one])
-    assert sum(row["late"][kind]["share"] for kind in grid_slopes.KINDS) == pytest.approx(1)
+    assert sum(row[f"late_{kind}_share"] for kind in grid_slopes.KINDS) == pytest.approx(1)
 
 
 def test_a_rate_that_the_sweep_lacks_is_refused_before_training(monkeypatch, tmp_path):
@@ -297,7 +297,7 @@ def test_a_rate_that_the_sweep_lacks_is_refused_before_training(monkeypatch, tmp
 )
 def test_a_crossing_is_between_rates_by_their_logarithms(values, expected):
     rows = [
-        {"learning_rate": rate, "is_best": rate == 1e-2, "late": {"hidden": {"r": value}}}
+        {"learning_rate": rate, "is_best": rate == 1e-2, "late_hidden_r": value}
         for rate, value in zip((1e-3, 1e-2, 1e-1), values, strict=True)
     ]
-    assert grid_slopes.crossing(rows, lambda of: of["r"]) == expected
+    assert grid_slopes.crossing(rows, grid_slopes.STATISTICS["r"]) == expected

@@ -41,10 +41,10 @@ KINDS = ("hidden", "vectors", "others")
 SUMS = ("path", "path_size", "settled", "settled_size", "gradient", "predicted")
 WINDOWS = 20  # of a whole training
 LEVEL = -0.3  # where the rule of `alsals` stands still
-STATISTICS: dict[str, Callable[[dict[str, float]], float]] = {
-    "r": lambda of: of["r"],
-    "q": lambda of: of["q"],
-    "(r + q) / 2": lambda of: (of["r"] + of["q"]) / 2,
+STATISTICS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "r": lambda row: row["late_hidden_r"],
+    "q": lambda row: row["late_hidden_q"],
+    "(r + q) / 2": lambda row: (row["late_hidden_r"] + row["late_hidden_q"]) / 2,
 }
 EARLY, LATE = range(2, 5), range(5, 10)  # after the warm-up to a quarter, and from there to half
 
@@ -201,20 +201,22 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {name: one[name] for name in ("task", "learning_rate", "loss")}
         | {"is_best": one["loss"] == min(losses[one["task"]])}
         | {
-            when: {kind: statistics_of(one, kind, windows) for kind in KINDS}
+            f"{when}_{kind}_{name}": value
             for when, windows in (("early", EARLY), ("late", LATE))
+            for kind in KINDS
+            for name, value in statistics_of(one, kind, windows).items()
         }
         for one in runs
     ]
 
 
-def crossing(rows: list[dict[str, Any]], statistic: Callable[[dict[str, float]], float]) -> str:
+def crossing(rows: list[dict[str, Any]], statistic: Callable[[dict[str, Any]], float]) -> str:
     """Return where a statistic of the hidden matrices first falls below `LEVEL`, late, over a task's best rate.
 
     Between two rates it is by their logarithms.
     """
     best = next(row["learning_rate"] for row in rows if row["is_best"])
-    points = [(row["learning_rate"] / best, statistic(row["late"]["hidden"])) for row in rows]
+    points = [(row["learning_rate"] / best, statistic(row)) for row in rows]
     if points[0][1] < LEVEL:
         return f"below {points[0][0]:.2g}"
     for (low, above), (high, below) in pairwise(points):
@@ -235,7 +237,7 @@ def table(report: dict[str, Any]) -> str:
         for when in ("early", "late"):
             cells = []
             for name in ("r", "q", "rho"):
-                values = sorted(row[when][kind][name] for row in best)
+                values = sorted(row[f"{when}_{kind}_{name}"] for row in best)
                 cells.append(f"{values[0]:.2f}, {values[len(values) // 2]:.2f}, {values[-1]:.2f}")
             spread.append(f"| {kind} | {when} | {' | '.join(cells)} |")
     lines = [
@@ -244,7 +246,7 @@ def table(report: dict[str, Any]) -> str:
         f"|{' --- |' * 15}",
     ]
     for row in report["rows"]:
-        cells = [f"{row['late'][kind][name]:.2f}" for kind in KINDS for name in ("r", "q", "rho", "share")]
+        cells = [f"{row[f'late_{kind}_{name}']:.2f}" for kind in KINDS for name in ("r", "q", "rho", "share")]
         rate = f"**{row['learning_rate']:g}**" if row["is_best"] else f"{row['learning_rate']:g}"
         lines.append(f"| {row['task']} | {rate} | {row['loss']:.3f} | {' | '.join(cells)} |")
     return "\n\n".join("\n".join(part) for part in (spread, crossings, lines))
@@ -258,7 +260,7 @@ def draw(report: dict[str, Any], path: str) -> None:
             rows = [row for row in report["rows"] if row["task"] == task]
             best = next(row["learning_rate"] for row in rows if row["is_best"])
             rates = [row["learning_rate"] / best for row in rows]
-            axes.plot(rates, [row["late"]["hidden"][name] for row in rows], ".-", label=task)
+            axes.plot(rates, [row[f"late_hidden_{name}"] for row in rows], ".-", label=task)
         axes.axvline(1, color="gray", linewidth=0.8)
         axes.axhline(0, color="gray", linewidth=0.8)
         axes.set(title=name, xlabel="learning rate over the best", xscale="log")
