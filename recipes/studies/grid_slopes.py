@@ -128,7 +128,10 @@ def record(argv: list[str]) -> dict[str, dict[str, list[float]]]:
     sys.argv = argv
     sys.path.insert(0, RECIPES)
     runpy.run_path(argv[0], run_name="__main__")
-    return recorder.sums
+    return {
+        kind: {name: [float(f"{value:.6g}") for value in values] for name, values in sums.items()}
+        for kind, sums in recorder.sums.items()
+    }
 
 
 def command_of(task: str, learning_rate: float) -> str:
