@@ -402,7 +402,7 @@ def test_the_pages_of_a_real_run_in_a_real_browser(browser, tmp_path):
         "eval_loss, lowest": f"{lowest:.4g} (step {evaluations[lowest]})",
         "eval_loss, last": f"{last:.4g}",
         "step size of the search, last": f"{logs[-1]['step_size']:.4g}",
-        "step size taken, last": f"{logs[-1]['learning_rate'] * logs[-1]['lr_multiplier']:.4g}",
+        "step size taken, last": f"{logs[-1]['learning_rate']:.4g}",
         "probes per step": f"{trainer.alsals.search.total_probes / 12:.2f}",
         "steps per second": f"{12 / trainer.state.log_history[-1]['train_runtime']:.4g}",
         "max_steps": "12",
