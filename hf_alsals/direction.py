@@ -1,5 +1,6 @@
 """The direction of an optimizer step: what all directions share. See adam.py for Adam's."""
 
+import functools
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -335,11 +336,14 @@ class Direction:
 
         It is over the largest of those that are at most 1, schedule apart: that one multiplies what is found.
         """
-        rates = [(float(other.get("initial_lr", other["lr"])), float(other["lr"])) for other in self.param_groups]
+        return float(group["lr"]) / self._reference_lr if self._reference_lr > 0 else 1.0
+
+    @functools.cached_property
+    def _reference_lr(self) -> float:
+        rates = [(float(group.get("initial_lr", group["lr"])), float(group["lr"])) for group in self.param_groups]
         moving = [(initial, lr) for initial, lr in rates if lr > 0]
         shares = [lr for initial, lr in moving if initial <= 1]
-        reference = max(shares) if shares else min((lr for _, lr in moving), default=0.0)
-        return float(group["lr"]) / reference if reference > 0 else 1.0
+        return max(shares) if shares else min((lr for _, lr in moving), default=0.0)
 
     @staticmethod
     def _scaled(group: dict[str, Any], step_size: float) -> tuple[float, float]:

@@ -481,6 +481,23 @@ def test_a_group_whose_lr_is_0_is_as_good_as_frozen():
     assert_identical(trained(is_frozen=False), trained(is_frozen=True))
 
 
+def test_where_all_hidden_matrices_stand_still_the_others_steer():
+    def trained(is_frozen):
+        w, still = single([3.0, -2.0, 0.5]), single([[30.0, 1.0]])
+        still.requires_grad_(not is_frozen)
+        optimizer = ALSALS([{"params": [w]}] + [{"params": [still], "lr": 0.0}] * (not is_frozen))
+        for _ in range(60):
+            loss = (w**2).sum() + (still**2).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(lambda: (w**2).sum() + (still**2).sum(), loss)
+        assert optimizer.search.growth.steps > 0
+        assert (w**2).sum() < 1
+        return [w.detach(), torch.tensor(optimizer.step_size)]
+
+    assert_identical(trained(is_frozen=False), trained(is_frozen=True))
+
+
 def test_probes_lie_on_the_line_without_lr_and_weight_decay():
     w = single([3.0, -2.0, 0.5])
     optimizer = ConstantALSALS([w], lr=0.3, weight_decay=0.2, beta3=0.0, initial_step_size=6.0)
