@@ -34,7 +34,8 @@ class LineProfile:
     @torch.no_grad()
     def __init__(self, alsals: ALSALS, closure: Callable[[], Tensor | float], clip_coef: Tensor | float = 1.0) -> None:
         state = {p: copy.deepcopy(alsals.state.get(p, {})) for group in alsals.param_groups for p in group["params"]}
-        self._direction = alsals.direction(alsals.param_groups, state)
+        groups = [dict(group) for group in alsals.param_groups]  # a schedule will have moved on at the next batch
+        self._direction = alsals.direction(groups, state)
         self._direction.multipliers = alsals.multipliers
         self._direction.update()
         self.slope = Line(self._direction, closure, math.nan, float(clip_coef)).slope
