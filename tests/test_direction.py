@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 
 import pytest
@@ -105,9 +106,9 @@ def test_slope_and_move_agree_with_finite_differences_of_the_loss(kind, multipli
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [True, False])
 def test_the_first_move_is_update_slope_save_and_move(kind, dtype, momentum):
-    """To the bit, but where the fused kernel makes it."""
+    """To the bit, but where the fused kernel makes it: sums of half a million float32 differ with the threads."""
     is_fused = issubclass(kind, AdamDirection) and dtype == torch.float32 and momentum
-    assert_same = torch.testing.assert_close if is_fused else assert_identical
+    assert_same = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5) if is_fused else assert_identical
     shapes = [(1100, 500), (3,), (0,), (40, 30)]
     pairs = [
         [nn.Parameter(torch.linspace(-1, 1, math.prod(s)).reshape(s).to(dtype)) for s in shapes] for _ in range(2)
