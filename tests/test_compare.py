@@ -123,11 +123,11 @@ def test_a_model_is_trained_in_a_loop_of_plain_pytorch(model, optimizer, monkeyp
     assert run["results"]["eval_loss"] < 0.9 * curve[0]["loss"]
     if optimizer == "alsals":
         expected = [min(1.0, (steps - k) / 28) for k in range(steps)]
-        assert [entry["lr_multiplier"] for entry in curve] == pytest.approx(expected)
+        assert [entry["lr_multiplier"] for entry in curve] == pytest.approx(expected, rel=1e-4)
         assert sum(entry["probes"] for entry in curve) >= 4  # a search every ten steps, at least
     else:
         assert [curve[k]["learning_rate"] for k in (1, 4, 21)] == pytest.approx([0.00075, 0.003, 0.003])
-        assert curve[-1]["learning_rate"] == pytest.approx(0.003 / 18)
+        assert curve[-1]["learning_rate"] == pytest.approx(0.003 / 18, rel=1e-4)
 
 
 @pytest.mark.parametrize("learning_rate", [1.0, 0.5])
@@ -219,10 +219,11 @@ def test_fewer_steps_are_a_share_of_them():
 
 def test_threads_that_append_lose_no_run_and_no_curve(tmp_path):
     curve = [{"step": step, "loss": 1 / 3} for step in range(50)]
+    kept = [{"step": step, "loss": 0.33333} for step in range(50)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: runs.append(tmp_path, {"key": str(i)}, curve), range(40)))
     assert sorted(int(run["key"]) for run in runs.load(tmp_path)) == list(range(40))
-    assert runs.load_curves(tmp_path) == {str(i): curve for i in range(40)}
+    assert runs.load_curves(tmp_path) == {str(i): kept for i in range(40)}
     assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "curves.jsonl.xz"}
 
 

@@ -1,4 +1,4 @@
-"""The runs of a folder: `runs.jsonl`, one line a run, and `curves.jsonl.xz`, the curve of each by its key."""
+"""The runs of a folder: `runs.jsonl`, one line a run, and `curves.jsonl.xz`, by its key the curve to five digits."""
 
 import json
 import lzma
@@ -27,8 +27,13 @@ def load_curves(folder: str) -> dict[str, list[dict[str, Any]]]:
 def append(folder: str, run: dict[str, Any], curve: list[dict[str, Any]]) -> None:
     """Add a run, from any thread; killed half way, it leaves both files as they were, or a curve too many."""
     os.makedirs(folder, exist_ok=True)
+    # Curves are for pictures: more digits would be two thirds of the file.
+    rounded = [
+        {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in entry.items()}
+        for entry in curve
+    ]
     with _lock:
-        curves = load_curves(folder) | {run["key"]: curve}
+        curves = load_curves(folder) | {run["key"]: rounded}
         lines = [_line({"key": key, "curve": one}) for key, one in curves.items()]
         _replace(os.path.join(folder, CURVES), lzma.compress(b"".join(lines), preset=9 | lzma.PRESET_EXTREME))
         path = os.path.join(folder, RUNS)

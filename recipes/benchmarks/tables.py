@@ -405,7 +405,7 @@ def draw(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
         loss_axes.legend(frameon=False, fontsize="small")
     for axes in (axes for pair in places[len(tasks) :] for axes in pair):
         axes.set_axis_off()
-    figure.savefig(path, dpi=64)
+    figure.savefig(path, dpi=80)
 
 
 def draw_front(rows: list[dict[str, Any]], curves: dict[str, Any], path: str) -> None:
