@@ -27,7 +27,7 @@ def load_curves(folder: str) -> dict[str, list[dict[str, Any]]]:
 def append(folder: str, run: dict[str, Any], curve: list[dict[str, Any]]) -> None:
     """Add a run, from any thread; killed half way, it leaves both files as they were, or a curve too many."""
     os.makedirs(folder, exist_ok=True)
-    # Curves are for pictures: more digits would be two thirds of the file.
+    # Curves are only drawn, and full precision would more than double the file.
     rounded = [
         {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in entry.items()}
         for entry in curve

@@ -329,7 +329,7 @@ def table(rows: list[dict[str, Any]], optimizers: Iterable[str]) -> str:
 def front_table(rows: list[dict[str, Any]]) -> str:
     """Return the Markdown table of the front page: validation losses along both directions, beside AdamW and Muon."""
     lines = [
-        f"Validation loss ± standard error over seeds, or one seed. v: version of the method, today {METHOD_VERSION}.",
+        f"Validation loss ± standard error over seeds, or one seed, by version {METHOD_VERSION} unless marked v.",
         "",
         "| task | `alsals` | AdamW, best of a sweep | `alsals_muon` | Muon, best of six |",
         "| --- | --- | --- | --- | --- |",
